@@ -1,0 +1,68 @@
+// The CPU kernels' public face: torch-free, exception types are those of <stdexcept>.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "neuron_ext/activation.h"
+#include "neuron_ext/gemm.h"
+#include "neuron_ext/parallel.h"
+#include "neuron_ext/types.h"
+
+namespace neuron_ext::cpu {
+
+// ---- instruction sets
+// -------------------------------------------------------------------------------
+
+/// In order of preference, worst first: an ISA's rows may be used on a machine that has it and
+/// whatever stands before it.
+enum class Isa : std::uint8_t { kPortable, kAvx2, kAvx512 };
+
+const char* name_of(Isa isa);                         // "portable", "avx2", "avx512"
+std::optional<Isa> parse_isa(std::string_view name);  // the inverse; nullopt for anything else
+std::vector<Isa> supported_isas();                    // what this CPU and operating system can run
+
+/// The best ISA whose kernels may be chosen now. At first: NEURON_EXT_CPU_ISA if set, else the best
+/// supported. Throws std::invalid_argument when that variable names no ISA or one this CPU can't
+/// run.
+Isa active_isa();
+
+/// For the whole process, at once, for calls that start afterwards.
+/// Throws std::invalid_argument when this CPU can't run it.
+void set_active_isa(Isa isa);
+
+// ---- what there is and what ran
+// ---------------------------------------------------------------------
+
+struct KernelInfo {
+  std::string name;  // e.g. "gemm_f32_14x32_avx512"
+  Isa isa;
+  std::vector<DType> dtypes;
+  bool runnable;  // this CPU has the ISA
+};
+
+std::vector<KernelInfo> kernels();  // in the order in which they're tried
+const char* last_kernel();  // name of the row last chosen by a call on this thread; "" before any
+
+// ---- kernels
+// ----------------------------------------------------------------------------------------
+
+/// See GemmDesc. Bitwise the same result for any ParallelFor.
+void gemm(const GemmDesc& desc, const GemmPointers& at, const ParallelFor& parallel_for);
+
+/// y[i] = f(x[i]) for i < n on the calling thread; strides in elements. An element's result depends
+/// on its value alone, not on its place or on n. x and y may be the same memory with the same
+/// stride.
+void activate(Activation f, DType dtype, std::int64_t n, const void* x, std::int64_t x_stride,
+              void* y, std::int64_t y_stride);
+
+/// dx[i] = dy[i] f'(at saved[i]), where saved is f's output (all activations here need their
+/// output).
+void activate_backward(Activation f, DType dtype, std::int64_t n, const void* dy,
+                       std::int64_t dy_stride, const void* saved, std::int64_t saved_stride,
+                       void* dx, std::int64_t dx_stride);
+
+}  // namespace neuron_ext::cpu

@@ -1,0 +1,56 @@
+// What is asked of a matrix product. Which kernel answers is chosen behind cpu.h or cuda.h.
+#pragma once
+
+#include <cstdint>
+
+#include "neuron_ext/activation.h"
+#include "neuron_ext/types.h"
+
+namespace neuron_ext {
+
+/// D[i, j] = epilogue( sum over p < k of A'[i, p] B[p, j]  +  bias[j] )        i < m, j < n
+///
+/// A'[i, p] = A[i, p], or, with a prologue, A[i, p] times the prologue activation's gradient at
+/// saved[i, p] (for the sigmoid: dz = dy y (1 - y), with A = dy and saved = y).
+///
+/// The three products of a layer y = act(x Wᵀ + b), x (batch, in), W (out, in):
+///
+///   | product | m     | n   | k     | A        | B            | extra                       |
+///   |---------|-------|-----|-------|----------|--------------|-----------------------------|
+///   | fprop   | batch | out | in    | x        | Wᵀ           | bias, epilogue              |
+///   | dgrad   | batch | in  | out   | dy (→dz) | W            | prologue                    |
+///   | wgrad   | out   | in  | batch | dyᵀ(→dzᵀ)| x            | prologue, a_sum = db        |
+///
+/// Strides are in elements, may be zero or negative, and describe views: operands are never copied
+/// outside packing. m, n and k may be 0; k = 0 gives epilogue(bias); n = 0 with a_sum computes only
+/// a_sum. Sums are formed in f32 (f64 for f64) and rounded to the dtype once, when D is stored.
+struct GemmDesc {
+  std::int64_t m = 0, n = 0, k = 0;
+  DType dtype = DType::kFloat32;  // of A, B, D, bias, saved and a_sum alike
+
+  std::int64_t a_stride_m = 0, a_stride_k = 1;
+  std::int64_t b_stride_k = 1, b_stride_n = 0;
+  std::int64_t d_stride_m = 0;  // rows of D; its columns are contiguous
+
+  bool has_bias = false;
+  std::int64_t bias_stride = 1;  // 0: one value for all columns
+  Activation epilogue = Activation::kIdentity;
+
+  Activation prologue = Activation::kIdentity;  // one whose gradient needs its output
+  std::int64_t saved_stride_m = 0, saved_stride_k = 1;
+
+  bool has_a_sum = false;  // also a_sum[i] = sum over p of A'[i, p], contiguous
+};
+
+/// The addresses that go with a GemmDesc; those it doesn't ask for may be null. D and a_sum overlap
+/// nothing.
+struct GemmPointers {
+  const void* a = nullptr;
+  const void* b = nullptr;
+  void* d = nullptr;
+  const void* bias = nullptr;
+  const void* saved = nullptr;
+  void* a_sum = nullptr;
+};
+
+}  // namespace neuron_ext

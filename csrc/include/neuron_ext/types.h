@@ -1,0 +1,37 @@
+// Element types the kernels take. Nothing under csrc/include, csrc/cpu or csrc/cuda knows of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace neuron_ext {
+
+enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+constexpr std::int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat64:
+      return 8;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+      return 2;
+  }
+  return 0;
+}
+
+constexpr const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "f32";
+    case DType::kFloat64:
+      return "f64";
+    case DType::kBFloat16:
+      return "bf16";
+    case DType::kFloat16:
+      return "f16";
+  }
+  return "?";
+}
+
+}  // namespace neuron_ext

@@ -1,0 +1,88 @@
+"""Builds ``neuron_ext._C`` against the torch that can be imported; build_backend/ sees to which."""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import setuptools
+
+RECIPE = runpy.run_path(str(Path(__file__).with_name("neuron_ext") / "_extension.py"))
+MEMORY_PER_JOB = 2 << 30  # bytes: g++ over torch's headers takes up to 1.5 GiB
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ModuleNotFoundError:
+    if not {"egg_info", "sdist"} & set(sys.argv):
+        sys.exit(f"neuron_ext is built against an installed torch: pip install '{RECIPE['TORCH']}'")
+    torch = None
+
+
+def say(message):
+    """To stderr, which pip shows with -v or after a failure, and past pip to a terminal."""
+    line = f"neuron_ext: {message}\n"
+    sys.stderr.write(line)
+    sys.stderr.flush()
+    if not sys.stderr.isatty():
+        try:
+            with open("/dev/tty", "w") as terminal:
+                terminal.write("\r" + line)
+        except OSError:
+            pass  # nobody is watching
+
+
+def default_jobs():
+    """As many compilers at once as there are cores and memory for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):
+        return cores
+    return max(1, min(cores, memory // MEMORY_PER_JOB))
+
+
+def torch_extension():
+    try:
+        RECIPE["check_torch"](torch.__version__)
+        _, cuda_line = RECIPE["decide_cuda"](torch)
+    except ValueError as error:
+        sys.exit(f"neuron_ext: {error}")
+
+    class BuildNeuronExt(BuildExtension):
+        def run(self):
+            jobs = os.environ.setdefault("MAX_JOBS", str(default_jobs()))
+            say(f"building against torch {torch.__version__} in {Path(torch.__file__).parent}")
+            say(cuda_line)
+            if not self.use_ninja:
+                say("ninja is missing, so the files are compiled one by one: pip install ninja")
+            say(f"compiling {len(RECIPE['sources']())} files, {jobs} at a time (MAX_JOBS)")
+            try:
+                super().run()
+            except RuntimeError as error:
+                sys.exit(f"neuron_ext: {error}; the compiler's messages are above")
+            library = Path(self.get_ext_fullpath("neuron_ext._C"))
+            library.with_name("_build_info.py").write_text(RECIPE["build_info"](torch))
+            say(f"built {library}")
+
+    # Paths relative to setup.py, as setuptools wants them.
+    relative = [str(path.relative_to(RECIPE["ROOT"])) for path in RECIPE["sources"]()]
+    return {
+        "ext_modules": [
+            CppExtension(
+                "neuron_ext._C",
+                relative,
+                include_dirs=[str(path) for path in RECIPE["include_dirs"]()],
+                extra_compile_args=RECIPE["compile_args"](),
+            )
+        ],
+        "cmdclass": {"build_ext": BuildNeuronExt},
+        # The C++ ABI of torch changes with its minor version.
+        "install_requires": [RECIPE["minor_requirement"](torch.__version__)],
+    }
+
+
+setuptools.setup(
+    version=RECIPE["version"](),
+    **(torch_extension() if torch else {"install_requires": [RECIPE["TORCH"]]}),
+)
