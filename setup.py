@@ -27,7 +27,7 @@ def say(message):
     if not sys.stderr.isatty():
         try:
             with open("/dev/tty", "w") as terminal:
-                terminal.write("\r" + line)
+                terminal.write("\r\033[K" + line)  # over pip's spinner
         except OSError:
             pass  # nobody is watching
 

@@ -35,6 +35,7 @@ if _extension.CSRC.is_dir():
 from neuron_ext import _loader, jit
 
 if _loader.load_extension():
+    from neuron_ext import _C as _C
     from neuron_ext import backends, functional, nn
     from neuron_ext.backends import show_config
     from neuron_ext.fusion import fuse, unfuse
@@ -44,6 +45,6 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         """Explains what is missing in a checkout without a compiled module."""
-        if name in __all__ or name == "_C":
+        if (name in __all__ or name == "_C") and not _loader.is_loaded():
             raise ImportError(_loader.NOT_BUILT)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

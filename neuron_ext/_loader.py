@@ -22,6 +22,10 @@ NOT_BUILT = (
 )
 
 
+def is_loaded() -> bool:
+    return NAME in sys.modules
+
+
 def load_extension() -> ModuleType | None:
     """The compiled module, or None in a checkout where there is none yet.
 
@@ -29,7 +33,7 @@ def load_extension() -> ModuleType | None:
         ImportError: it was built for another torch, can't be loaded, or was lost from an
             installation.
     """
-    if NAME in sys.modules:
+    if is_loaded():
         return sys.modules[NAME]
     spec = importlib.util.find_spec(NAME)
     if spec is None or spec.origin is None:

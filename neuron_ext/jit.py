@@ -37,12 +37,14 @@ def load(
         RuntimeError: there are no sources beside the package, no ninja, or the compiler fails.
         ValueError: ``NEURON_EXT_CUDA`` asks for what can't be built.
     """
-    if _loader.NAME not in sys.modules:
-        if not _extension.CSRC.is_dir():
-            raise RuntimeError(f"{_extension.ROOT} has no csrc: jit.load() needs a source checkout")
-        sys.modules[_loader.NAME] = _build(verbose, Path(build_directory or _default_directory()))
-    # Runs __init__ again, which now finds a compiled module.
-    return importlib.reload(sys.modules["neuron_ext"])
+    import neuron_ext
+
+    if _loader.is_loaded():
+        return neuron_ext
+    if not _extension.CSRC.is_dir():
+        raise RuntimeError(f"{_extension.ROOT} has no csrc: jit.load() needs a source checkout")
+    sys.modules[_loader.NAME] = _build(verbose, Path(build_directory or _default_directory()))
+    return importlib.reload(neuron_ext)  # __init__ now finds a compiled module
 
 
 def _build(verbose: bool, directory: Path) -> ModuleType:
