@@ -12,7 +12,7 @@ MEMORY_PER_JOB = 2 << 30  # bytes: g++ over torch's headers takes up to 1.5 GiB
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 except ModuleNotFoundError:
     if not {"egg_info", "sdist"} & set(sys.argv):
         sys.exit(f"neuron_ext is built against an installed torch: pip install '{RECIPE['TORCH']}'")
@@ -67,13 +67,15 @@ def torch_extension():
 
     # Paths relative to setup.py, as setuptools wants them.
     relative = [str(path.relative_to(RECIPE["ROOT"])) for path in RECIPE["sources"]()]
+    # torch's headers as system headers, so that their warnings don't drown ours.
+    system = [] if sys.platform == "win32" else [f"-isystem{path}" for path in include_paths()]
     return {
         "ext_modules": [
             CppExtension(
                 "neuron_ext._C",
                 relative,
                 include_dirs=[str(path) for path in RECIPE["include_dirs"]()],
-                extra_compile_args=RECIPE["compile_args"](),
+                extra_compile_args=RECIPE["compile_args"]() + system,
             )
         ],
         "cmdclass": {"build_ext": BuildNeuronExt},
