@@ -1,0 +1,56 @@
+// What the files of the operations share: their registration, and ATen's answer where no kernel has
+// one.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <string>
+#include <typeinfo>
+
+#include "neuron_ext/parallel.h"
+#include "tensor_view.h"
+
+namespace neuron_ext {
+
+/// Each defines the operations of one family: schemas and the kernels of every dispatch key.
+void register_linear(torch::Library& library);
+void register_sigmoid(torch::Library& library);
+void register_mlp(torch::Library& library);
+
+/// Registers all of the above once; a second call, and one in a process where another copy of this
+/// library has registered them, raises RuntimeError.
+void register_library();
+
+/// torch's own pool, so that torch.set_num_threads and nested parallelism count.
+inline ParallelFor at_parallel_for() {
+  return ParallelFor(
+      [](std::int64_t n, std::int64_t grain, ParallelFor::Body body, const void* closure) {
+        at::parallel_for(0, n, grain,
+                         [&](std::int64_t begin, std::int64_t end) { body(closure, begin, end); });
+      },
+      at::get_num_threads());
+}
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+/// Runs `compute`, which calls ATen; its errors get `context()` before them, since ATen speaks of
+/// mat1 and mat2. Errors with a type of their own (TypeError, NotImplementedError, ...) pass as
+/// they are.
+template <class Compute, class Context>
+auto with_context(const Compute& compute, const Context& context) {
+  try {
+    return compute();
+  } catch (const c10::Error& error) {
+    if (typeid(error) != typeid(c10::Error)) throw;
+    TORCH_CHECK(false, context(), ": ", error.what_without_backtrace());
+  }
+}
+
+}  // namespace neuron_ext

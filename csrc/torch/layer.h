@@ -1,0 +1,32 @@
+// One layer on the CPU kernels: its three products as GEMMs over tensors that were checked.
+// The table in neuron_ext/gemm.h says which operand is what.
+#pragma once
+
+#include "glue.h"
+#include "neuron_ext/cpu.h"
+#include "tensor_view.h"
+
+namespace neuron_ext {
+
+using OptionalRows = std::optional<RowsView>;
+
+/// Whether the kernels compute this layer; else ATen does, or finds the words for what is wrong
+/// with it.
+inline bool kernels_take(const at::Tensor& input, const at::Tensor& weight,
+                         const at::Tensor& bias) {
+  return is_kernel_tensor(input) && goes_with(input, weight) && goes_with(input, bias) &&
+         weight.dim() == 2 && (!bias.defined() || is_row_bias(bias, input));
+}
+
+/// y = f(x Wᵀ + b), y contiguous; bias a vector or undefined.
+void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::Tensor& bias,
+           void* y);
+
+/// dx = dz W, dx contiguous; dz = dy y (1 - y) where there is a y, else dy.
+void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, void* dx);
+
+/// dw = dzᵀ x and db = Σ dz, contiguous; either may be null. Only dw takes x.
+void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, void* dw, void* db,
+           DType dtype);
+
+}  // namespace neuron_ext

@@ -1,0 +1,45 @@
+// The operations for C++ callers, and for each other. All of them go through the dispatcher, so
+// autograd, autocast, transforms and compilers apply. See neuron_ext/functional.py for the
+// contracts.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace neuron_ext {
+
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias = std::nullopt);
+
+at::Tensor sigmoid(const at::Tensor& input);
+
+at::Tensor linear_sigmoid(const at::Tensor& input, const at::Tensor& weight,
+                          const std::optional<at::Tensor>& bias = std::nullopt);
+
+/// `biases`: empty for none, else as many as there are weights; `output_activation`: nullopt or
+/// "sigmoid".
+at::Tensor mlp(const at::Tensor& input, at::TensorList weights,
+               const std::vector<std::optional<at::Tensor>>& biases = {},
+               std::optional<std::string_view> output_activation = std::nullopt);
+
+/// Gradients of input, weight and bias; those not in `output_mask` are undefined tensors. The
+/// gradient of the input takes the weight, that of the weight the input; what no wanted gradient
+/// takes may be nullopt.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+    const std::optional<at::Tensor>& weight, std::array<bool, 3> output_mask);
+
+at::Tensor sigmoid_backward(const at::Tensor& grad_output, const at::Tensor& output);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_sigmoid_backward(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+    const std::optional<at::Tensor>& weight, const at::Tensor& output,
+    std::array<bool, 3> output_mask);
+
+}  // namespace neuron_ext

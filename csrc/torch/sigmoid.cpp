@@ -1,0 +1,234 @@
+// sigmoid: y = 1 / (1 + exp(-x)) and its gradient. The stages are those of linear.cpp.
+
+#include <ATen/TensorIterator.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/sigmoid_backward.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <numeric>
+
+#include "glue.h"
+#include "neuron_ext/cpu.h"
+#include "ops.h"
+
+namespace neuron_ext {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+/// Elements a thread should have before another one is worth waking: at about half a nanosecond
+/// each this is 16 us, several times what entering a parallel region costs. torch uses the same
+/// figure.
+constexpr std::int64_t kGrain = 32768;
+
+/// An uninitialised tensor like `t`, with the strides torch gives the result of an elementwise
+/// operation: those of t where they are dense, else contiguous in the order of t's dimensions by
+/// stride.
+Tensor empty_elementwise(const Tensor& t) {
+  if (t.is_non_overlapping_and_dense()) {
+    return at::empty_strided_symint(t.sym_sizes(), t.sym_strides(), t.options());
+  }
+  const auto sizes = t.sym_sizes();
+  const auto strides = t.sym_strides();
+  // From the innermost dimension outwards; a dimension of stride 0 stays where it is.
+  std::vector<std::int64_t> order(t.dim());
+  std::iota(order.rbegin(), order.rend(), std::int64_t{0});
+  const auto belongs_further_in = [&](std::int64_t a, std::int64_t b) -> std::optional<bool> {
+    if (strides[a] == 0 || strides[b] == 0) return std::nullopt;
+    if (strides[a] != strides[b]) return strides[a] < strides[b];
+    return sizes[a] < sizes[b] ? std::optional(true) : std::nullopt;
+  };
+  for (size_t i = 1; i < order.size(); ++i) {
+    for (size_t at = i, j = i; j-- > 0;) {
+      const auto further_in = belongs_further_in(order[at], order[j]);
+      if (!further_in.has_value()) continue;
+      if (!*further_in) break;
+      std::swap(order[at], order[j]);
+      at = j;
+    }
+  }
+  c10::SymDimVector dense(t.dim());
+  c10::SymInt stride = 1;
+  for (const auto dim : order) {
+    dense[dim] = stride;
+    stride *= sizes[dim];
+  }
+  return at::empty_strided_symint(sizes, dense, t.options());
+}
+
+Tensor sigmoid_aten(const Tensor& input) { return at::sigmoid(input); }
+
+Tensor sigmoid_backward_aten(const Tensor& grad_output, const Tensor& output) {
+  return at::sigmoid_backward(grad_output, output);
+}
+
+Tensor sigmoid_cpu(const Tensor& input) {
+  if (!is_kernel_tensor(input)) return sigmoid_aten(input);
+  Tensor output = empty_elementwise(input);
+  const DType dtype = dtype_of(input);
+  if (input.is_non_overlapping_and_dense()) {
+    const auto* x = static_cast<const char*>(input.const_data_ptr());
+    auto* y = static_cast<char*>(output.mutable_data_ptr());
+    at_parallel_for()(input.numel(), kGrain, [=](std::int64_t begin, std::int64_t end) {
+      const std::int64_t offset = begin * size_of(dtype);
+      cpu::activate(Activation::kSigmoid, dtype, end - begin, x + offset, 1, y + offset, 1);
+    });
+    return output;
+  }
+  auto iterator = at::TensorIteratorConfig().add_output(output).add_const_input(input).build();
+  iterator.for_each(
+      [dtype](char** data, const std::int64_t* strides, std::int64_t n) {
+        const std::int64_t size = size_of(dtype);
+        cpu::activate(Activation::kSigmoid, dtype, n, data[1], strides[1] / size, data[0],
+                      strides[0] / size);
+      },
+      kGrain);
+  return output;
+}
+
+void check_sigmoid_backward(const Tensor& grad_output, const Tensor& output) {
+  bool fits = grad_output.dim() == output.dim();
+  for (std::int64_t i = 0; fits && i < output.dim(); ++i) {
+    fits = grad_output.sym_size(i).sym_eq(output.sym_size(i)).expect_true(__FILE__, __LINE__);
+  }
+  TORCH_CHECK(fits, "sigmoid_backward: grad_output has shape ", shape_of(grad_output),
+              ", expected that of output, ", shape_of(output));
+}
+
+bool kernels_take(const Tensor& grad_output, const Tensor& output) {
+  return is_kernel_tensor(output) && goes_with(output, grad_output);
+}
+
+Tensor sigmoid_backward_cpu(const Tensor& grad_output, const Tensor& output) {
+  if (!kernels_take(grad_output, output)) return sigmoid_backward_aten(grad_output, output);
+  check_sigmoid_backward(grad_output, output);
+  Tensor grad_input = empty_elementwise(output);
+  auto iterator = at::TensorIteratorConfig()
+                      .add_output(grad_input)
+                      .add_const_input(grad_output)
+                      .add_const_input(output)
+                      .build();
+  iterator.for_each(
+      [dtype = dtype_of(output)](char** data, const std::int64_t* strides, std::int64_t n) {
+        const std::int64_t size = size_of(dtype);
+        cpu::activate_backward(Activation::kSigmoid, dtype, n, data[1], strides[1] / size, data[2],
+                               strides[2] / size, data[0], strides[0] / size);
+      },
+      kGrain);
+  return grad_input;
+}
+
+Tensor sigmoid_meta(const Tensor& input) {
+  return is_kernel_tensor(input) ? empty_elementwise(input) : sigmoid_aten(input);
+}
+
+Tensor sigmoid_backward_meta(const Tensor& grad_output, const Tensor& output) {
+  if (!kernels_take(grad_output, output)) return sigmoid_backward_aten(grad_output, output);
+  check_sigmoid_backward(grad_output, output);
+  return empty_elementwise(output);
+}
+
+/// dx = dy y (1 - y), and the node of its gradients: for dy: u y (1 - y), for y: u dy (1 - 2y).
+class SigmoidBackwardFunction : public torch::autograd::Function<SigmoidBackwardFunction> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& output) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({grad_output, output});
+    return neuron_ext::sigmoid_backward(grad_output, output);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Tensor& u = grads[0];
+    variable_list result(2);
+    if (!u.defined()) return result;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &dy = saved[0], &y = saved[1];
+    if (ctx->needs_input_grad(0)) result[0] = neuron_ext::sigmoid_backward(u, y);
+    if (ctx->needs_input_grad(1)) result[1] = u * dy * (1 - 2 * y);
+    return result;
+  }
+};
+
+/// Saves y.
+class SigmoidFunction : public torch::autograd::Function<SigmoidFunction> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& input) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    Tensor output = neuron_ext::sigmoid(input);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({output});
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return {Tensor()};
+    return {neuron_ext::sigmoid_backward(grads[0], ctx->get_saved_variables()[0])};
+  }
+};
+
+Tensor sigmoid_autograd(const Tensor& input) {
+  if (transform_is_active() || has_tangent(input) || !is_kernel_tensor(input))
+    return sigmoid_aten(input);
+  if (at::GradMode::is_enabled() && needs_grad(input)) return SigmoidFunction::apply(input);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return neuron_ext::sigmoid(input);
+}
+
+Tensor sigmoid_backward_autograd(const Tensor& grad_output, const Tensor& output) {
+  if (transform_is_active() || has_tangent(grad_output) || has_tangent(output) ||
+      !kernels_take(grad_output, output)) {
+    return sigmoid_backward_aten(grad_output, output);
+  }
+  if (at::GradMode::is_enabled() && (needs_grad(grad_output) || needs_grad(output))) {
+    return SigmoidBackwardFunction::apply(grad_output, output);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return neuron_ext::sigmoid_backward(grad_output, output);
+}
+
+}  // namespace
+
+void register_sigmoid(torch::Library& library) {
+  using c10::DispatchKey;
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  library.def("sigmoid(Tensor input) -> Tensor", tags);
+  library.impl("sigmoid", torch::dispatch(DispatchKey::CompositeExplicitAutograd, sigmoid_aten));
+  library.impl("sigmoid", torch::dispatch(DispatchKey::FuncTorchBatched, sigmoid_aten));
+  library.impl("sigmoid", torch::dispatch(DispatchKey::CPU, sigmoid_cpu));
+  library.impl("sigmoid", torch::dispatch(DispatchKey::Meta, sigmoid_meta));
+  library.impl("sigmoid", torch::dispatch(DispatchKey::Autograd, sigmoid_autograd));
+
+  const char* backward = "sigmoid_backward";
+  library.def("sigmoid_backward(Tensor grad_output, Tensor output) -> Tensor", tags);
+  library.impl(backward,
+               torch::dispatch(DispatchKey::CompositeExplicitAutograd, sigmoid_backward_aten));
+  library.impl(backward, torch::dispatch(DispatchKey::FuncTorchBatched, sigmoid_backward_aten));
+  library.impl(backward, torch::dispatch(DispatchKey::CPU, sigmoid_backward_cpu));
+  library.impl(backward, torch::dispatch(DispatchKey::Meta, sigmoid_backward_meta));
+  library.impl(backward, torch::dispatch(DispatchKey::Autograd, sigmoid_backward_autograd));
+}
+
+Tensor sigmoid(const Tensor& input) {
+  static const auto op = find_operator<Tensor(const Tensor&)>("neuron_ext::sigmoid");
+  return op.call(input);
+}
+
+Tensor sigmoid_backward(const Tensor& grad_output, const Tensor& output) {
+  static const auto op =
+      find_operator<Tensor(const Tensor&, const Tensor&)>("neuron_ext::sigmoid_backward");
+  return op.call(grad_output, output);
+}
+
+}  // namespace neuron_ext

@@ -1,0 +1,126 @@
+#include "tensor_view.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/SymBool.h>
+
+#include <sstream>
+
+namespace neuron_ext {
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no kernel takes ", t.scalar_type());
+  }
+}
+
+std::string shape_of(const at::Tensor& t) {
+  std::ostringstream out;
+  out << '(';
+  const auto sizes = t.sym_sizes();
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
+  out << (sizes.size() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+std::string describe(const at::Tensor& t) {
+  if (!t.defined()) return "None";
+  const std::string dtype(c10::getDtypeNames(t.scalar_type()).first);
+  return dtype + " of shape " + shape_of(t);
+}
+
+void check_layer(const std::string& where, const at::Tensor& input, const at::Tensor& weight,
+                 const at::Tensor& bias) {
+  TORCH_CHECK(input.dim() >= 1, where, ": input has shape (), expected (*, in_features)");
+  TORCH_CHECK(weight.dim() == 1 || weight.dim() == 2, where, ": weight has shape ",
+              shape_of(weight), ", expected (out_features, in_features)");
+  const auto in_features = weight.sym_size(-1);
+  if (!input.sym_size(-1).sym_eq(in_features).expect_true(__FILE__, __LINE__)) {
+    const bool turned = weight.dim() == 2 && input.sym_size(-1) == weight.sym_size(0);
+    TORCH_CHECK(
+        false, where, ": input has shape ", shape_of(input), ", that is ", input.sym_size(-1),
+        " features, but weight has shape ", shape_of(weight),
+        " and so takes in_features = ", in_features,
+        turned
+            ? ". weight must be (out_features, in_features); this one looks as if it were stored "
+              "(in_features, out_features): pass weight.T"
+            : "; expected input.shape[-1] == weight.shape[-1]");
+  }
+  if (weight.dim() == 2) check_bias(where, bias, weight, input.dim());
+}
+
+void check_bias(const std::string& where, const at::Tensor& bias, const at::Tensor& weight,
+                std::int64_t input_dim) {
+  if (!bias.defined()) return;
+  const auto out_features = weight.sym_size(0);
+  bool fits = bias.dim() <= std::max<std::int64_t>(input_dim, 2);
+  if (fits && bias.dim() >= 1) {
+    const auto last = bias.sym_size(-1);
+    fits = last.sym_eq(out_features).sym_or(last.sym_eq(1)).expect_true(__FILE__, __LINE__);
+  }
+  TORCH_CHECK(fits, where, ": bias has shape ", shape_of(bias), ", expected (", out_features,
+              ",), because weight has shape ", shape_of(weight),
+              " and so out_features = ", out_features);
+}
+
+void check_rows(const std::string& where, const char* name, const at::Tensor& t,
+                const at::Tensor& input, const c10::SymInt& features) {
+  bool fits = t.dim() == input.dim();
+  for (std::int64_t i = 0; fits && i < t.dim(); ++i) {
+    const auto expected = i + 1 < t.dim() ? input.sym_size(i) : features;
+    fits = t.sym_size(i).sym_eq(expected).expect_true(__FILE__, __LINE__);
+  }
+  TORCH_CHECK(fits, where, ": ", name, " has shape ", shape_of(t),
+              ", expected the shape of input, ", shape_of(input), ", with ", features,
+              " as its last size");
+}
+
+bool is_row_bias(const at::Tensor& bias, const at::Tensor& input) {
+  return bias.dim() <= 1 || (bias.dim() == 2 && input.dim() >= 2 && bias.sym_size(0) == 1);
+}
+
+at::Tensor as_vector(const at::Tensor& bias, const c10::SymInt& out_features) {
+  if (bias.dim() == 1 && bias.sym_size(0) == out_features) return bias;
+  return (bias.dim() == 2 ? bias.squeeze(0) : bias).expand_symint({out_features});
+}
+
+RowsView as_rows(const at::Tensor& t) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  const std::int64_t last = t.dim() - 1;
+  RowsView view{t, t.const_data_ptr(), 1, sizes[last], 0, strides[last]};
+  // Fold the leading dimensions from the inside out; those of size 1 have no say.
+  for (std::int64_t i = last - 1; i >= 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (view.rows == 1) {
+      view.row_stride = strides[i];
+    } else if (strides[i] != view.row_stride * view.rows && t.numel() > 0) {
+      // Three strides or more: a batch that was transposed or sliced twice.
+      return as_rows(t.contiguous());
+    }
+    view.rows *= sizes[i];
+  }
+  return view;
+}
+
+at::Tensor empty_rows(const at::Tensor& input, std::int64_t features) {
+  at::DimVector sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = features;
+  return at::empty(sizes, input.options());
+}
+
+at::Tensor empty_rows_symint(const at::Tensor& input, const c10::SymInt& features) {
+  c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  sizes.back() = features;
+  return at::empty_symint(sizes, input.options());
+}
+
+}  // namespace neuron_ext

@@ -1,0 +1,112 @@
+// From tensors to what the kernels take: which tensors they take at all, the checks and their
+// messages, and the (pointer, stride) views. All the glue's questions about a tensor are asked
+// here.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "neuron_ext/gemm.h"
+
+namespace neuron_ext {
+
+// ---- which tensors kernels take
+// -----------------------------------------------------------------------
+
+inline bool is_kernel_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
+         dtype == at::kHalf;
+}
+
+/// Dense, of a kernel's dtype, and on a device with kernels or on meta (which stands for one).
+inline bool is_kernel_tensor(const at::Tensor& t) {
+  return is_kernel_dtype(t.scalar_type()) && t.layout() == at::kStrided && !t.is_nested() &&
+         (t.device().is_cpu() || t.device().is_meta());
+}
+
+/// A tensor that kernels take together with `first`, or no tensor at all.
+inline bool goes_with(const at::Tensor& first, const at::Tensor& t) {
+  return !t.defined() || (is_kernel_tensor(t) && t.scalar_type() == first.scalar_type() &&
+                          t.device() == first.device());
+}
+
+/// Undefined for both kinds of nothing, so that callers ask one question.
+inline at::Tensor value_or_undefined(const std::optional<at::Tensor>& t) {
+  return t.has_value() ? *t : at::Tensor();
+}
+
+DType dtype_of(const at::Tensor& t);
+
+// ---- what differentiation is asked of a call
+// -----------------------------------------------------------
+
+/// Whether a functorch transform is running or the tensor carries a forward-mode tangent. Such
+/// calls are computed by ATen operations, which have every rule.
+inline bool transform_is_active() {
+  // On the way down a transform's interpreter is run by the front mode, its kernels under the back
+  // mode.
+  return c10::impl::tls_is_dispatch_key_included(
+             c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
+inline bool has_tangent(const at::Tensor& t) {
+  return t.defined() && t._fw_grad(/*level=*/0).defined();
+}
+
+inline bool needs_grad(const at::Tensor& t) { return t.defined() && t.requires_grad(); }
+
+// ---- checks
+// --------------------------------------------------------------------------------------------
+
+/// "(2, 3)", symbolic sizes included.
+std::string shape_of(const at::Tensor& t);
+
+/// "float32 of shape (2, 3)", or "None".
+std::string describe(const at::Tensor& t);
+
+/// Raises RuntimeError, naming the argument, unless weight is a matrix (or a vector, which only
+/// torch takes), the features agree and the bias can be added to the result. Works on symbolic
+/// sizes. `where` begins the message: "linear", or "mlp, layer 2".
+void check_layer(const std::string& where, const at::Tensor& input, const at::Tensor& weight,
+                 const at::Tensor& bias);
+
+/// The part of check_layer that is about the bias of a layer with a two-dimensional weight.
+void check_bias(const std::string& where, const at::Tensor& bias, const at::Tensor& weight,
+                std::int64_t input_dim);
+
+/// Raises RuntimeError unless `t` has the sizes of `input` with `features` in place of the last
+/// one.
+void check_rows(const std::string& where, const char* name, const at::Tensor& t,
+                const at::Tensor& input, const c10::SymInt& features);
+
+/// Whether a bias is one value, one row of values, or a vector: what kernels take. torch also takes
+/// a bias with a value for each element of a 2-D output.
+bool is_row_bias(const at::Tensor& bias, const at::Tensor& input);
+
+/// A row bias as a vector (out_features,), a differentiable view.
+at::Tensor as_vector(const at::Tensor& bias, const c10::SymInt& out_features);
+
+// ---- views
+// ---------------------------------------------------------------------------------------------
+
+/// A tensor (*, columns) as a matrix.
+struct RowsView {
+  at::Tensor
+      owner;  // keeps `data` alive: the tensor itself, or a copy where no two strides describe it
+  const void* data;
+  std::int64_t rows, columns, row_stride, column_stride;
+};
+
+RowsView as_rows(const at::Tensor& t);
+
+/// (sizes of input but the last, features), contiguous.
+at::Tensor empty_rows(const at::Tensor& input, std::int64_t features);
+at::Tensor empty_rows_symint(const at::Tensor& input, const c10::SymInt& features);
+
+}  // namespace neuron_ext
