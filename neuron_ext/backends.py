@@ -24,7 +24,7 @@ __all__ = [
 
 
 class Kernel(NamedTuple):
-    """A row of the kernel table: rows are tried in order and the first that accepts a problem runs it."""
+    """A row of the kernel table; the first row that accepts a problem runs it."""
 
     name: str
     isa: str
@@ -82,10 +82,11 @@ def cuda_is_built() -> bool:
 
 
 def show_config() -> str:
-    """What was built and what will run here, as text: versions, compiler, instruction sets, kernels."""
+    """What was built and what will run here, as text."""
     info = _C.build_info()
     rows = "\n".join(
-        f"    {k.name:<28} {k.isa:<9} {', '.join(k.dtypes)}{'' if k.runnable else '  (not on this CPU)'}"
+        f"    {k.name:<28} {k.isa:<9} {', '.join(k.dtypes)}"
+        + ("" if k.runnable else "  (not on this CPU)")
         for k in kernels()
     )
     return (

@@ -1,19 +1,22 @@
-"""The operations as functions: each runs forward in one kernel and puts one node into the autograd graph.
+"""The operations as functions: each puts one node into the autograd graph.
 
-All of them follow the contract of their counterparts in ``torch`` for shapes, strides, dtypes, autograd and
-transforms. float32, float64, bfloat16 and float16 tensors run through this package's kernels; every other
-dtype, layout, device or tensor subclass gives what torch gives, computed by torch.
+All of them follow the contract of their counterparts in ``torch`` for shapes, strides, dtypes,
+autograd and transforms. float32, float64, bfloat16 and float16 tensors run through this package's
+kernels; every other dtype, layout, device or tensor subclass gives what torch gives, computed by
+torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812, as all of torch's users write it
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils.flop_counter import register_flop_formula
 
 from neuron_ext import _C
 
@@ -49,8 +52,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def sigmoid(input: Tensor) -> Tensor:
     """``1 / (1 + exp(-input))`` elementwise, as :func:`torch.sigmoid`.
 
-    The error is below 1.5 units in the last place in float32 and float64, results below the normal range
-    included; bfloat16 and float16 are computed in float32 and rounded once.
+    The error is below 1.5 units in the last place in float32 and float64, results below the normal
+    range included; bfloat16 and float16 are computed in float32 and rounded once.
 
     Args:
         input: any shape and strides. Integers and booleans give the default floating dtype.
@@ -90,13 +93,14 @@ def mlp(
 ) -> Tensor:
     """A stack of linear layers with a sigmoid after every hidden one, as one operation.
 
-    ``h = sigmoid(linear(h, w, b))`` for every ``w, b`` but the last, then ``linear`` of the last pair,
-    followed by a sigmoid if ``output_activation`` is ``"sigmoid"``.
+    ``h = sigmoid(linear(h, w, b))`` for every ``w, b`` but the last, then ``linear`` of the last
+    pair, followed by a sigmoid if ``output_activation`` is ``"sigmoid"``.
 
     Args:
         input: shape ``(*, n0)``.
         weights: at least one; the i-th has shape ``(n[i+1], n[i])``.
-        biases: None or empty for none at all, or as many as there are weights, each of shape ``(n[i+1],)`` or None.
+        biases: None or empty for none at all, or as many as there are weights, each of shape
+            ``(n[i+1],)`` or None.
         output_activation: None or ``"sigmoid"``.
 
     Returns:
@@ -104,7 +108,7 @@ def mlp(
 
     Raises:
         ValueError: no weights, not as many biases as weights, or an unknown ``output_activation``.
-        RuntimeError: shapes, dtypes or devices don't fit; the message names the layer and the argument.
+        RuntimeError: shapes, dtypes or devices don't fit; the message names layer and argument.
     """
     weights = list(weights)
     all_biases: list[Tensor | None] = list(biases) if biases else [None] * len(weights)
@@ -118,7 +122,7 @@ def mlp(
 
 
 def decomposition_table() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """Every operation of this package in terms of ATen, for :meth:`ExportedProgram.run_decompositions`.
+    """Every operation in terms of ATen, for :meth:`ExportedProgram.run_decompositions`.
 
     >>> table = torch.export.default_decompositions() | neuron_ext.functional.decomposition_table()
     >>> exported_program.run_decompositions(table)  # runs where neuron_ext isn't installed
@@ -139,14 +143,67 @@ def decomposition_table() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 def _through_torch(*tensors: Any) -> bool:
     """Whether an argument is of a subclass that has its own idea of what torch's functions do.
 
-    Such a class (DTensor, jagged tensors, quantized weights, torch.fx proxies, a user's own) knows aten and
-    torch.nn.functional, not this package. Fake and functional tensors, which torch.compile and torch.export
-    trace with, count as plain.
+    Such a class (DTensor, jagged tensors, quantized weights, torch.fx proxies, a user's own) knows
+    aten and torch.nn.functional, not this package. Fake and functional tensors, which torch.compile
+    and torch.export trace with, count as plain.
     """
     return any(
         type(t) not in (Tensor, torch.nn.Parameter)
         and (hasattr(t, "__tensor_flatten__") or torch.overrides.has_torch_function((t,)))
         for t in tensors
+    )
+
+
+def _layer_flops(rows: int, weight: Sequence[int]) -> int:
+    return 2 * rows * weight[0] * weight[1]
+
+
+@register_flop_formula([_ops.linear, _ops.linear_sigmoid])
+def _linear_flops(input: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Of the matrix product alone, which is how torch counts its own layers."""
+    return _layer_flops(math.prod(input[:-1]), weight)
+
+
+@register_flop_formula([_ops.mlp, _ops.mlp_forward])
+def _mlp_flops(
+    input: Sequence[int], weights: Sequence[Sequence[int]], *args: Any, **kwargs: Any
+) -> int:
+    return sum(_layer_flops(math.prod(input[:-1]), weight) for weight in weights)
+
+
+@register_flop_formula([_ops.linear_backward, _ops.linear_sigmoid_backward])
+def _linear_backward_flops(
+    grad_output: Sequence[int],
+    input: Sequence[int] | None,
+    weight: Sequence[int] | None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    *rows, out_features = grad_output
+    *_, output_mask = args
+    in_features = input[-1] if input is not None else weight[1] if weight is not None else 0
+    products = int(output_mask[0]) + int(output_mask[1])
+    return products * _layer_flops(math.prod(rows), (out_features, in_features))
+
+
+@register_flop_formula(_ops.mlp_backward)
+def _mlp_backward_flops(
+    grad_output: Sequence[int],
+    input: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Each wanted weight gradient, and each step back to the first layer that wants any."""
+    *_, output_mask = args
+    depth = len(weights)
+    rows = math.prod(input[:-1])
+    first = min(
+        (i for i in range(depth) if output_mask[1 + i] or output_mask[1 + depth + i]), default=depth
+    )
+    return sum(
+        (output_mask[1 + i] + (i > first or output_mask[0])) * _layer_flops(rows, weight)
+        for i, weight in enumerate(weights)
     )
 
 
@@ -196,7 +253,7 @@ def _mlp_forward_decomposed(
 
 
 def _sigmoid_backward_decomposed(grad_output: Tensor, output: Tensor) -> Tensor:
-    return torch.ops.aten.sigmoid_backward.default(grad_output, output)
+    return _call(torch.ops.aten.sigmoid_backward.default, grad_output, output)
 
 
 def _linear_backward_decomposed(
@@ -243,7 +300,7 @@ def _mlp_backward_decomposed(
     sizes = [input.shape[:-1].numel() * w.shape[0] for w in weights[:-1]]
     inputs = [input] + [
         part.view(*lead, w.shape[0])
-        for part, w in zip(hidden.split(sizes), weights[:-1], strict=True)
+        for part, w in zip(torch.split(hidden, sizes), weights[:-1], strict=True)
     ]
     grads: list[Tensor | None] = [None] * (1 + 2 * depth)
     grad = grad_output

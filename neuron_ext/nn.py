@@ -1,11 +1,13 @@
 """Modules that take the place of their namesakes in :mod:`torch.nn`.
 
-They *are* torch's modules: subclasses with the same parameters, state_dict keys, initialisation and random
-stream, so that checkpoints, hooks, parametrizations and wrappers see nothing new. Only ``forward`` differs.
+They *are* torch's modules: subclasses with the same parameters, state_dict keys, initialisation and
+random stream, so that checkpoints, hooks, parametrizations and wrappers see nothing new. Only
+``forward`` differs.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,9 +20,10 @@ __all__ = ["MLP", "Linear", "LinearSigmoid", "Sigmoid"]
 
 
 class Linear(torch.nn.Linear):
-    """:class:`torch.nn.Linear` on this package's kernels; see :func:`neuron_ext.functional.linear`.
+    """:class:`torch.nn.Linear` through :func:`neuron_ext.functional.linear`.
 
-    Input ``(*, in_features)``, output ``(*, out_features)``. ``weight`` is ``(out_features, in_features)``.
+    Input ``(*, in_features)``, weight ``(out_features, in_features)``, output
+    ``(*, out_features)``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -28,7 +31,7 @@ class Linear(torch.nn.Linear):
 
 
 class Sigmoid(torch.nn.Sigmoid):
-    """:class:`torch.nn.Sigmoid` on this package's kernels; see :func:`neuron_ext.functional.sigmoid`."""
+    """:class:`torch.nn.Sigmoid` through :func:`neuron_ext.functional.sigmoid`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.sigmoid(input)
@@ -48,9 +51,9 @@ class MLP(torch.nn.Sequential):
     """Linear layers with a sigmoid after every hidden one, run as a single operation.
 
     The children and so the keys of the state_dict are those of
-    ``nn.Sequential(nn.Linear(n0, n1), nn.Sigmoid(), nn.Linear(n1, n2), ...)``: "0.weight", "0.bias",
-    "2.weight", ... Children may be hooked, parametrized or replaced; the stack then runs child by child,
-    so that nothing is bypassed.
+    ``nn.Sequential(nn.Linear(n0, n1), nn.Sigmoid(), nn.Linear(n1, n2), ...)``: "0.weight",
+    "0.bias", "2.weight", ... Children may be hooked, parametrized or replaced; the stack then runs
+    child by child, so that nothing is bypassed.
 
     Args:
         features: layer widths ``[n0, n1, ..., nk]``, at least two.
@@ -72,14 +75,15 @@ class MLP(torch.nn.Sequential):
     ) -> None:
         if len(features) < 2:
             raise ValueError(
-                f"MLP: features has {len(features)} widths, expected at least 2: [inputs, ..., outputs]"
+                f"MLP: features has {len(features)} widths, expected at least 2: "
+                "[inputs, ..., outputs]"
             )
         if output_activation not in (None, "sigmoid"):
             raise ValueError(
                 f"MLP: output_activation is {output_activation!r}, expected None or 'sigmoid'"
             )
         children: list[torch.nn.Module] = []
-        for in_features, out_features in zip(features[:-1], features[1:], strict=True):
+        for in_features, out_features in itertools.pairwise(features):
             if children:
                 children.append(Sigmoid())
             children.append(
@@ -92,17 +96,17 @@ class MLP(torch.nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         children = list(self._modules.values())
         if not _is_plain_stack(children):
-            output: Tensor = super().forward(input)
+            output: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
             return output
         layers = children[::2]
         return functional.mlp(
             input,
-            [layer.weight for layer in layers],  # type: ignore[union-attr, misc]
-            [layer.bias for layer in layers],  # type: ignore[union-attr, misc]
+            [layer.weight for layer in layers],  # type: ignore[misc]
+            [layer.bias for layer in layers],  # type: ignore[misc]
             "sigmoid" if len(children) % 2 == 0 else None,
         )
 
-    def __getitem__(self, index: slice | int) -> torch.nn.Module:  # type: ignore[override]
+    def __getitem__(self, index: slice | int) -> torch.nn.Module:
         """One child, or for a slice an :class:`torch.nn.Sequential` of the children in it."""
         if isinstance(index, slice):
             return torch.nn.Sequential(*list(self)[index])
@@ -110,9 +114,9 @@ class MLP(torch.nn.Sequential):
         return child
 
 
-def _is_plain_stack(children: list[torch.nn.Module | None]) -> bool:
-    """Whether running the stack as one operation does exactly what calling its children would do."""
-    if not children or torch_module._has_any_global_hook():
+def _is_plain_stack(children: Sequence[torch.nn.Module | None]) -> bool:
+    """Whether running the stack as one operation does what calling its children would do."""
+    if not children or torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return False
     for i, child in enumerate(children):
         if type(child) is not (Linear if i % 2 == 0 else Sigmoid):
