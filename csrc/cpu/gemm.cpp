@@ -1,37 +1,335 @@
-#include "neuron_ext/cpu.h"
-#include "reference.h"
+// The CPU's matrix product, START HERE: which kernel is chosen, and the loops around it. No intrinsics; what is
+// done to a vector is in the *-inl.h files, which kernels there are is in registry.cpp, and how a product is cut
+// is in blocking.cpp.
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <new>
+
+#include "blocking.h"
+#include "log.h"
+#include "registry.h"
 
 namespace neuron_ext::cpu {
+namespace {
 
-std::vector<KernelInfo> kernels() {
-  return {{"gemm_reference", Isa::kPortable,
-           {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}, true}};
-}
-namespace { thread_local const char* last = ""; }
-const char* last_kernel() { return last; }
+// ---- buffers ------------------------------------------------------------------------------------------------
 
-void gemm(const GemmDesc& desc, const GemmPointers& at, const ParallelFor&) {
-  last = "gemm_reference";
-  const ReferenceGemm r = reference_gemm(desc, at);
-  for (std::int64_t i = 0; i < desc.m; ++i) {
-    for (std::int64_t j = 0; j < desc.n; ++j)
-      reference_store(desc.dtype, at.d, i * desc.d_stride_m + j, r.d[i * desc.n + j]);
-    if (desc.has_a_sum) reference_store(desc.dtype, at.a_sum, i, r.a_sum[i]);
+constexpr std::size_t kCacheLine = 64;
+
+/// Memory that a thread keeps from call to call, since fresh pages cost more than small products. It only grows,
+/// and never beyond what blocking.cpp bounds: about 2 MiB for a task and 4 MiB for what tasks share.
+class ThreadBuffer {
+ public:
+  std::byte* reserve(std::size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kCacheLine})));
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kCacheLine}); }
+  };
+  std::unique_ptr<std::byte, Free> memory_;
+  std::size_t size_ = 0;
+};
+
+// Two, because the thread that calls also works, and its tasks' buffer must leave the shared one alone.
+thread_local ThreadBuffer task_buffer, shared_buffer;
+
+/// Calls f with room for `count` of S: on the stack for tiny products, else the thread's buffer.
+template <class S, class F>
+void with_buffer(ThreadBuffer& buffer, std::int64_t count, const F& f) {
+  constexpr std::int64_t kOnStack = 8192 / sizeof(S);
+  if (count <= kOnStack) {
+    alignas(kCacheLine) S elements[kOnStack];
+    f(elements);
+  } else {
+    f(reinterpret_cast<S*>(buffer.reserve(static_cast<std::size_t>(count) * sizeof(S))));
   }
 }
 
-void activate(Activation f, DType dtype, std::int64_t n, const void* x, std::int64_t x_stride, void* y,
-              std::int64_t y_stride) {
-  for (std::int64_t i = 0; i < n; ++i)
-    reference_store(dtype, y, i * y_stride, reference_activate(f, reference_load(dtype, x, i * x_stride)));
+// ---- what both drivers need ---------------------------------------------------------------------------------
+
+Operand operand_a(const GemmDesc& desc, const GemmPointers& at) {
+  return {at.a,     desc.a_stride_m,     desc.a_stride_k,    desc.prologue,
+          at.saved, desc.saved_stride_m, desc.saved_stride_k};
 }
 
-void activate_backward(Activation f, DType dtype, std::int64_t n, const void* dy,
-                       std::int64_t dy_stride, const void* saved, std::int64_t saved_stride, void* dx,
-                       std::int64_t dx_stride) {
-  for (std::int64_t i = 0; i < n; ++i)
-    reference_store(dtype, dx, i * dx_stride,
-                    reference_activate_backward(f, reference_load(dtype, dy, i * dy_stride),
-                                                reference_load(dtype, saved, i * saved_stride)));
+Operand operand_b(const GemmDesc& desc, const GemmPointers& at) {
+  return {at.b, desc.b_stride_n, desc.b_stride_k};
 }
+
+/// The address of element `index` of an array of dtype.
+void* offset(void* base, DType dtype, std::int64_t index) {
+  return static_cast<std::byte*>(base) + index * size_of(dtype);
+}
+const void* offset(const void* base, DType dtype, std::int64_t index) {
+  return static_cast<const std::byte*>(base) + index * size_of(dtype);
+}
+
+/// What is left of the sums after the last block of k: bias, activation, and D's only store, for the columns of
+/// D from j on. `bias` is room for the bias of these columns.
+template <class S>
+class Epilogue {
+ public:
+  Epilogue(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at, std::int64_t j,
+           std::int64_t columns, S* bias)
+      : kernel_(kernel), desc_(desc), at_(at), j_(j), bias_(desc.has_bias ? bias : nullptr) {
+    if (!desc.has_bias) return;
+    kernel.of(desc.dtype)
+        .widen_bias(offset(at.bias, desc.dtype, j * desc.bias_stride), desc.bias_stride, columns,
+                    bias);
+  }
+
+  void store(std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns, const S* tile,
+             std::int64_t tile_stride) const {
+    kernel_.of(desc_.dtype)
+        .epilogue(desc_.epilogue, rows, columns, tile, tile_stride,
+                  bias_ == nullptr ? nullptr : bias_ + (j - j_),
+                  offset(at_.d, desc_.dtype, i * desc_.d_stride_m + j), desc_.d_stride_m);
+  }
+
+ private:
+  const GemmKernel& kernel_;
+  const GemmDesc& desc_;
+  const GemmPointers& at_;
+  std::int64_t j_;
+  const S* bias_;
+};
+
+// ---- the blocked driver -------------------------------------------------------------------------------------
+
+/// One product, cut into tasks:
+///
+///   for each task            tile of D and chunk of k; tasks are independent
+///     for pc                 blocks of kc within the chunk
+///       pack B[pc, tile]     into L2
+///       for ir               panels of mr rows
+///         pack A[ir, pc]     into L1
+///         for jr             panels of nr columns
+///           micro-kernel     mr x nr sums in registers
+///           epilogue         after the last block, while they are in L1
+///
+/// Where k is one block, the sums of one register tile at a time are all there is; else a tile's sums wait in
+/// a buffer for the next block. Where k has several chunks, their sums are added, in order, by `reduce`.
+template <class S>
+class BlockedProduct {
+ public:
+  BlockedProduct(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+                 const Blocking& cut)
+      : kernel_(kernel),
+        functions_(kernel.of(desc.dtype)),
+        desc_(desc),
+        at_(at),
+        cut_(cut),
+        a_(operand_a(desc, at)),
+        b_(operand_b(desc, at)) {}
+
+  void run(const ParallelFor& parallel_for) const {
+    const std::int64_t tiles = cut_.tiles_m * cut_.tiles_n;
+    if (cut_.chunks == 1) {
+      parallel_for(tiles, 1, [&](std::int64_t begin, std::int64_t end) {
+        with_buffer<S>(task_buffer, task_size() + sums_size(), [&](S* buffer) {
+          for (std::int64_t tile = begin; tile < end; ++tile) {
+            sum_chunk(tile, 0, buffer, buffer + task_size());
+          }
+        });
+      });
+      return;
+    }
+    S* const sums = reinterpret_cast<S*>(
+        shared_buffer.reserve(static_cast<std::size_t>(cut_.tasks() * sums_size()) * sizeof(S)));
+    parallel_for(cut_.tasks(), 1, [&](std::int64_t begin, std::int64_t end) {
+      with_buffer<S>(task_buffer, task_size(), [&](S* buffer) {
+        for (std::int64_t task = begin; task < end; ++task) {
+          sum_chunk(task % tiles, task / tiles, buffer, sums + task * sums_size());
+        }
+      });
+    });
+    parallel_for(tiles, 1, [&](std::int64_t begin, std::int64_t end) {
+      with_buffer<S>(task_buffer, cut_.tile_n, [&](S* buffer) {
+        for (std::int64_t tile = begin; tile < end; ++tile) {
+          reduce(tile, sums + tile * sums_size(), tiles * sums_size(), buffer);
+        }
+      });
+    });
+  }
+
+ private:
+  /// Where a task's tile lies in D.
+  struct Place {
+    std::int64_t i, rows, j, columns;
+    bool sums_a;  // each row of A is summed by the tasks of one column of tiles
+  };
+
+  Place place_of(std::int64_t tile) const {
+    const std::int64_t i = tile % cut_.tiles_m * cut_.tile_m, j = tile / cut_.tiles_m * cut_.tile_n;
+    return {i, std::min(cut_.tile_m, desc_.m - i), j, std::min(cut_.tile_n, desc_.n - j),
+            desc_.has_a_sum && j == 0};
+  }
+
+  // A packed panel may run over by less than a vector (pack-inl.h).
+  std::int64_t a_size() const { return kernel_.mr * cut_.kc + kernel_.lanes; }
+  std::int64_t b_size() const { return cut_.tile_n * cut_.kc + kernel_.lanes; }
+  std::int64_t task_size() const { return aligned(a_size()) + aligned(b_size()) + cut_.tile_n; }
+  static std::int64_t aligned(std::int64_t count) {
+    return round_up(count, static_cast<std::int64_t>(kCacheLine / sizeof(S)));
+  }
+
+  /// Sums: register tiles, row by row of them (one only, where none has to wait), then a sum for every row of A.
+  bool waits() const { return cut_.chunks > 1 || !cut_.has_one_block(); }
+  std::int64_t tile_size() const { return kernel_.mr * kernel_.nr; }
+  std::int64_t tiles_size() const { return waits() ? cut_.tile_m * cut_.tile_n : tile_size(); }
+  std::int64_t sums_size() const { return tiles_size() + aligned(cut_.tile_m); }
+  S* register_tile(S* sums, std::int64_t ir, std::int64_t jr) const {
+    return waits() ? sums + (ir / kernel_.mr * (cut_.tile_n / kernel_.nr) + jr / kernel_.nr) *
+                                tile_size()
+                   : sums;
+  }
+
+  /// The sums of one tile over one chunk of k, and D where that is all of k.
+  void sum_chunk(std::int64_t tile, std::int64_t chunk, S* buffer, S* sums) const {
+    const Place place = place_of(tile);
+    S* const a_panel = buffer;
+    S* const b_block = a_panel + aligned(a_size());
+    S* const bias = b_block + aligned(b_size());
+    S* const a_sums = sums + tiles_size();
+    const bool finishes = cut_.chunks == 1;
+    const Epilogue<S> epilogue(kernel_, desc_, at_, place.j, finishes ? place.columns : 0, bias);
+    if (place.sums_a) std::fill_n(a_sums, round_up(place.rows, kernel_.mr), S{0});
+
+    const std::int64_t first = chunk * cut_.chunk_k;
+    const std::int64_t last = std::min(first + cut_.chunk_k, desc_.k);
+    std::int64_t pc = first;
+    do {  // once at least: without any k, D is the epilogue of zeros
+      const std::int64_t kc = std::min(cut_.kc, last - pc);
+      for (std::int64_t jr = 0; jr < place.columns; jr += kernel_.nr) {
+        functions_.pack_b(b_, place.j + jr, std::min(kernel_.nr, place.columns - jr), pc, kc,
+                          b_block + jr * kc);
+      }
+      for (std::int64_t ir = 0; ir < place.rows; ir += kernel_.mr) {
+        const std::int64_t rows = std::min(kernel_.mr, place.rows - ir);
+        functions_.pack_a(a_, place.i + ir, rows, pc, kc, a_panel);
+        if (place.sums_a) kernel_.sum_panel(kc, a_panel, a_sums + ir);
+        for (std::int64_t jr = 0; jr < place.columns; jr += kernel_.nr) {
+          const std::int64_t columns = std::min(kernel_.nr, place.columns - jr);
+          S* const tile_sums = register_tile(sums, ir, jr);
+          kernel_.microkernel(rows, columns, kc, a_panel, b_block + jr * kc, tile_sums,
+                              pc != first);
+          if (finishes && pc + kc == last) {
+            epilogue.store(place.i + ir, rows, place.j + jr, columns, tile_sums, kernel_.nr);
+          }
+        }
+      }
+      pc += kc;
+    } while (pc < last);
+    if (finishes && place.sums_a) store_a_sums(place, a_sums);
+  }
+
+  /// Adds a tile's sums of all chunks, which lie `stride` apart, into the first chunk's, and finishes D.
+  void reduce(std::int64_t tile, S* sums, std::int64_t stride, S* bias) const {
+    const Place place = place_of(tile);
+    const Epilogue<S> epilogue(kernel_, desc_, at_, place.j, place.columns, bias);
+    const auto add_chunks = [&](S* first, std::int64_t count) {
+      for (std::int64_t chunk = 1; chunk < cut_.chunks; ++chunk) {
+        const S* const next = first + chunk * stride;
+        for (std::int64_t e = 0; e < count; ++e) first[e] += next[e];
+      }
+    };
+    for (std::int64_t ir = 0; ir < place.rows; ir += kernel_.mr) {
+      const std::int64_t rows = std::min(kernel_.mr, place.rows - ir);
+      for (std::int64_t jr = 0; jr < place.columns; jr += kernel_.nr) {
+        S* const tile_sums = register_tile(sums, ir, jr);
+        add_chunks(tile_sums, rows * kernel_.nr);
+        epilogue.store(place.i + ir, rows, place.j + jr,
+                       std::min(kernel_.nr, place.columns - jr), tile_sums, kernel_.nr);
+      }
+    }
+    if (!place.sums_a) return;
+    add_chunks(sums + tiles_size(), place.rows);
+    store_a_sums(place, sums + tiles_size());
+  }
+
+  void store_a_sums(const Place& place, const S* a_sums) const {
+    functions_.narrow_row(place.rows, a_sums, offset(at_.a_sum, desc_.dtype, place.i));
+  }
+
+  const GemmKernel& kernel_;
+  const GemmFunctions& functions_;
+  const GemmDesc& desc_;
+  const GemmPointers& at_;
+  const Blocking& cut_;
+  const Operand a_, b_;
+};
+
+// ---- the driver for few rows --------------------------------------------------------------------------------
+
+/// A's rows are widened once, by the caller's thread; then each strip of D's columns is a task.
+template <class S>
+void multiply_few_rows(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+                       const ParallelFor& parallel_for) {
+  const GemmFunctions& functions = kernel.of(desc.dtype);
+  const Operand a = operand_a(desc, at), b = operand_b(desc, at);
+  const std::int64_t row_stride = round_up(desc.k, kernel.lanes);
+  with_buffer<S>(shared_buffer, desc.m * row_stride, [&](S* rows) {
+    for (std::int64_t i = 0; i < desc.m; ++i) {
+      functions.widen_row(a, i, desc.k, rows + i * row_stride);
+      if (!desc.has_a_sum) continue;
+      S sum;
+      kernel.sum_row(desc.k, rows + i * row_stride, &sum);
+      functions.narrow_row(1, &sum, offset(at.a_sum, desc.dtype, i));
+    }
+    const std::int64_t strips = divide_up(desc.n, kernel.nr);
+    const std::int64_t threads =
+        threads_for(desc.m, desc.n, desc.k, parallel_for.max_threads());
+    parallel_for(strips, divide_up(strips, threads), [&](std::int64_t begin, std::int64_t end) {
+      with_buffer<S>(task_buffer, (desc.m + 1) * kernel.nr, [&](S* tile) {
+        for (std::int64_t strip = begin; strip < end; ++strip) {
+          const std::int64_t j = strip * kernel.nr;
+          const std::int64_t columns = std::min(kernel.nr, desc.n - j);
+          const Epilogue<S> epilogue(kernel, desc, at, j, columns, tile + desc.m * kernel.nr);
+          functions.multiply_few_rows(desc.m, desc.k, rows, row_stride, b, j, columns, tile,
+                                      kernel.nr);
+          epilogue.store(0, desc.m, j, columns, tile, kernel.nr);
+        }
+      });
+    });
+  });
+}
+
+}  // namespace
+
+void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+                 const ParallelFor& parallel_for) {
+  const Blocking cut = choose_blocking(kernel, desc, parallel_for.max_threads());
+  log_choice(kernel, desc, &cut);
+  if (desc.dtype == DType::kFloat64) {
+    BlockedProduct<double>(kernel, desc, at, cut).run(parallel_for);
+  } else {
+    BlockedProduct<float>(kernel, desc, at, cut).run(parallel_for);
+  }
+}
+
+void run_few_rows(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+                  const ParallelFor& parallel_for) {
+  log_choice(kernel, desc, nullptr);
+  if (desc.dtype == DType::kFloat64) {
+    multiply_few_rows<double>(kernel, desc, at, parallel_for);
+  } else {
+    multiply_few_rows<float>(kernel, desc, at, parallel_for);
+  }
+}
+
+void gemm(const GemmDesc& desc, const GemmPointers& at, const ParallelFor& parallel_for) {
+  if (desc.m == 0 || (desc.n == 0 && !desc.has_a_sum)) return;
+  const GemmKernel& kernel = choose_gemm(desc);
+  kernel.run(kernel, desc, at, parallel_for);
+}
+
 }  // namespace neuron_ext::cpu

@@ -6,6 +6,7 @@
 namespace neuron_ext {
 
 enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+inline constexpr int kDTypeCount = 4;
 
 constexpr std::int64_t size_of(DType dtype) {
   switch (dtype) {

@@ -1,0 +1,96 @@
+#include "blocking.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace neuron_ext::cpu {
+namespace {
+
+// A block of B, kc x tile_n, is used once for every mr rows of A: it is kept to half of a usual L2 cache.
+constexpr std::int64_t kBlockBytes = 512 << 10;
+// Sums that wait for the next block of k. Together with the blocks this bounds a thread's buffer to about 2 MiB.
+constexpr std::int64_t kAccumulatorBytes = 1 << 20;
+// All chunks' sums, which every thread can reach.
+constexpr std::int64_t kPartialBytes = 4 << 20;
+
+// Chunks exist for small outputs of long sums (the weight gradient of a long batch), which have too few tiles to
+// go round, and whose tiles are too small to pay for packing.
+constexpr std::int64_t kLongestChunks = 32, kShortestChunk = 4096;
+
+// Work, in multiply-adds, that pays for handing it to another thread.
+constexpr double kWorkPerThread = 1 << 18;
+// Packing an element costs about as much as this many multiply-adds.
+constexpr std::int64_t kPackCost = 16;
+
+std::int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+}  // namespace
+
+std::int64_t threads_for(std::int64_t m, std::int64_t n, std::int64_t k, int max_threads) {
+  // In multiply-adds, for which the whole of D's and A's handling counts as so many more k and n.
+  const double work = static_cast<double>(m) * static_cast<double>(n + kPackCost) *
+                      static_cast<double>(k + kPackCost);
+  return static_cast<std::int64_t>(
+      std::clamp(work / kWorkPerThread, 1.0, static_cast<double>(std::max(1, max_threads))));
+}
+
+bool has_few_rows(const GemmDesc& desc) {
+  constexpr std::int64_t kFewRows = 8, kLongestRows = std::int64_t{1} << 18;
+  return desc.m <= kFewRows && desc.m * desc.k <= kLongestRows;
+}
+
+bool is_any(const GemmDesc&) { return true; }
+
+Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc, int max_threads) {
+  const std::int64_t size = accumulator_size(desc.dtype);
+  const std::int64_t panels_m = std::max<std::int64_t>(1, divide_up(desc.m, kernel.mr));
+  const std::int64_t panels_n = std::max<std::int64_t>(1, divide_up(desc.n, kernel.nr));
+  const std::int64_t all_blocks = std::max<std::int64_t>(1, divide_up(desc.k, kernel.kc));
+
+  Blocking blocking;
+  blocking.kc = divide_up(desc.k, all_blocks);
+  const std::int64_t sums_bytes = panels_m * kernel.mr * panels_n * kernel.nr * size;
+  blocking.chunks = std::clamp<std::int64_t>(
+      std::min(desc.k / kShortestChunk, kPartialBytes / sums_bytes), 1, kLongestChunks);
+  blocking.chunk_k = divide_up(all_blocks, blocking.chunks) * blocking.kc;
+  if (blocking.chunk_k > 0) blocking.chunks = divide_up(desc.k, blocking.chunk_k);
+
+  // The largest tile, in panels.
+  const std::int64_t depth = std::max<std::int64_t>(1, blocking.kc);
+  const std::int64_t most_n =
+      std::clamp<std::int64_t>(kBlockBytes / (depth * kernel.nr * size), 1, panels_n);
+  const std::int64_t most_m =
+      blocking.has_one_block()
+          ? panels_m
+          : std::clamp<std::int64_t>(kAccumulatorBytes / (most_n * kernel.nr * kernel.mr * size), 1,
+                                     panels_m);
+
+  // Among the ways to give every thread a tile, the one whose busiest thread has the least to do.
+  const std::int64_t threads = threads_for(desc.m, desc.n, desc.k, max_threads);
+  const std::int64_t fewest_m = divide_up(panels_m, most_m);
+  const std::int64_t fewest_n = divide_up(panels_n, most_n);
+  std::int64_t least = std::numeric_limits<std::int64_t>::max();
+  for (std::int64_t cut_n = fewest_n; cut_n <= std::min(panels_n, fewest_n + threads - 1); ++cut_n) {
+    const std::int64_t wanted_m = divide_up(threads, blocking.chunks * cut_n);
+    const std::int64_t cut_m = std::min(panels_m, round_up(fewest_m, wanted_m));
+    const std::int64_t per_m = divide_up(panels_m, cut_m), per_n = divide_up(panels_n, cut_n);
+    Blocking cut = blocking;
+    cut.tile_m = per_m * kernel.mr;
+    cut.tile_n = per_n * kernel.nr;
+    cut.tiles_m = divide_up(panels_m, per_m);
+    cut.tiles_n = divide_up(panels_n, per_n);
+    const std::int64_t rounds = divide_up(cut.tasks(), threads);
+    const std::int64_t cost =
+        rounds * (cut.tile_m * cut.tile_n + kPackCost * (cut.tile_m + cut.tile_n));
+    if (cost < least) {
+      least = cost;
+      blocking.tile_m = cut.tile_m;
+      blocking.tile_n = cut.tile_n;
+      blocking.tiles_m = cut.tiles_m;
+      blocking.tiles_n = cut.tiles_n;
+    }
+  }
+  return blocking;
+}
+
+}  // namespace neuron_ext::cpu

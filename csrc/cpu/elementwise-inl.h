@@ -1,0 +1,83 @@
+// An activation, or its gradient, over an array.
+#pragma once
+
+namespace neuron_ext::cpu {
+namespace {
+
+// Strided arrays pass through buffers of this many elements on the stack.
+constexpr std::int64_t kElementwiseBlock = 256;
+
+/// y[i] = f(x[i], ...) over contiguous arrays. The last few go through the same vector code, so that an
+/// element's result doesn't depend on its place.
+template <class V, class T, class F, class... Inputs>
+void map_contiguous(std::int64_t n, T* y, const F& f, const Inputs*... x) {
+  std::int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) store<V>(y + i, f(load<V>(x + i)...));
+  if (i < n) store<V>(y + i, f(load_partial<V>(x + i, n - i)...), n - i);
+}
+
+template <class T>
+struct StridedInput {
+  const T* base;
+  std::int64_t stride;
+
+  const T* gather(std::int64_t begin, std::int64_t count, T* buffer) const {
+    if (stride == 1) return base + begin;
+    for (std::int64_t i = 0; i < count; ++i) buffer[i] = base[(begin + i) * stride];
+    return buffer;
+  }
+};
+
+template <class V, class T, class F, class... Inputs>
+void map_strided(std::int64_t n, T* y, std::int64_t y_stride, const F& f, const Inputs&... inputs) {
+  if (y_stride == 1 && ((inputs.stride == 1) && ...)) {
+    return map_contiguous<V>(n, y, f, inputs.base...);
+  }
+  T gathered[sizeof...(Inputs)][kElementwiseBlock], results[kElementwiseBlock];
+  for (std::int64_t begin = 0; begin < n; begin += kElementwiseBlock) {
+    const std::int64_t count = n - begin < kElementwiseBlock ? n - begin : kElementwiseBlock;
+    T* out = y_stride == 1 ? y + begin : results;
+    int input = 0;
+    // Braces: the buffers are taken in order.
+    const T* sources[] = {inputs.gather(begin, count, gathered[input++])...};
+    if constexpr (sizeof...(Inputs) == 1) {
+      map_contiguous<V>(count, out, f, sources[0]);
+    } else {
+      map_contiguous<V>(count, out, f, sources[0], sources[1]);
+    }
+    if (y_stride == 1) continue;
+    for (std::int64_t i = 0; i < count; ++i) y[(begin + i) * y_stride] = results[i];
+  }
+}
+
+template <class V, class F>
+struct Forward {
+  Reg<V> operator()(Reg<V> x) const { return F::template apply<V>(x); }
+};
+template <class V, class F>
+struct Backward {
+  Reg<V> operator()(Reg<V> dy, Reg<V> y) const { return F::template gradient<V>(dy, y); }
+};
+
+template <class V, class T>
+void activate(Activation activation, std::int64_t n, const void* x, std::int64_t x_stride, void* y,
+              std::int64_t y_stride) {
+  visit_activation(activation, [&]<class F>(F) {
+    map_strided<V>(n, static_cast<T*>(y), y_stride, Forward<V, F>{},
+                   StridedInput<T>{static_cast<const T*>(x), x_stride});
+  });
+}
+
+template <class V, class T>
+void activate_backward(Activation activation, std::int64_t n, const void* dy, std::int64_t dy_stride,
+                       const void* saved, std::int64_t saved_stride, void* dx,
+                       std::int64_t dx_stride) {
+  visit_activation(activation, [&]<class F>(F) {
+    map_strided<V>(n, static_cast<T*>(dx), dx_stride, Backward<V, F>{},
+                   StridedInput<T>{static_cast<const T*>(dy), dy_stride},
+                   StridedInput<T>{static_cast<const T*>(saved), saved_stride});
+  });
+}
+
+}  // namespace
+}  // namespace neuron_ext::cpu

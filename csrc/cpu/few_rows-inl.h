@@ -1,0 +1,130 @@
+// Products with few rows: every element of B is used a few times only, so that packing it would cost more than
+// using it. B is read where it lies, along k or along n, whichever is contiguous.
+#pragma once
+
+namespace neuron_ext::cpu {
+namespace {
+
+// Terms that a lane adds up before its sum is added to the tile, as in the micro-kernel.
+constexpr std::int64_t kFewRowsBlock = 256;
+
+/// tile[i][j] (+)= sum over p < k of rows[i][p] b[p, j]; b's columns are contiguous, rows end in whole vectors.
+template <class V, class T, int kRows, int kColumns>
+void dot_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, const T* b,
+               std::int64_t b_stride, Scalar<V>* tile, std::int64_t tile_stride, bool add) {
+  Reg<V> sum[kRows][kColumns] = {};
+  for (std::int64_t p = 0; p < k; p += V::kLanes) {
+    const bool whole = p + V::kLanes <= k;
+    Reg<V> b_p[kColumns];
+    for (int j = 0; j < kColumns; ++j) {
+      const T* const place = b + j * b_stride + p;
+      b_p[j] = whole ? load<V>(place) : load_partial<V>(place, k - p);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      const Reg<V> a = load<V>(rows + i * row_stride + p);
+      for (int j = 0; j < kColumns; ++j) sum[i][j] = V::multiply_add(a, b_p[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumns; ++j) {
+      Scalar<V>& place = tile[i * tile_stride + j];
+      const Scalar<V> block = sum_lanes<V>(sum[i][j]);
+      place = add ? place + block : block;
+    }
+  }
+}
+
+/// The same for kVectors vectors of columns, where b's rows are contiguous or nothing is. `lanes`: how many
+/// columns each vector holds.
+template <class V, class T, int kRows, int kVectors>
+void outer_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, const T* b,
+                 std::int64_t b_stride_k, std::int64_t b_stride_n, std::int64_t lanes,
+                 Scalar<V>* tile, std::int64_t tile_stride, bool add) {
+  Reg<V> sum[kRows][kVectors] = {};
+  for (std::int64_t p = 0; p < k; ++p) {
+    Reg<V> b_p[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      b_p[v] = load<V>(b + p * b_stride_k + v * V::kLanes * b_stride_n, b_stride_n, lanes);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      const Reg<V> a = V::set1(rows[i * row_stride + p]);
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = V::multiply_add(a, b_p[v], sum[i][v]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      Scalar<V>* const place = tile + i * tile_stride + v * V::kLanes;
+      store<V>(place, add ? load<V>(place) + sum[i][v] : sum[i][v]);
+    }
+  }
+}
+
+/// sum = the sum of a row that ends in whole vectors.
+template <class V>
+void sum_row(std::int64_t k, const void* row, void* sum) {
+  constexpr std::int64_t kBlock = kFewRowsBlock * V::kLanes;
+  const auto* p = static_cast<const Scalar<V>*>(row);
+  Scalar<V> total = 0;
+  for (std::int64_t begin = 0; begin < k; begin += kBlock) {
+    Reg<V> block = {};
+    for (std::int64_t i = begin; i < k && i < begin + kBlock; i += V::kLanes) {
+      block = block + load<V>(p + i);
+    }
+    total += sum_lanes<V>(block);
+  }
+  *static_cast<Scalar<V>*>(sum) = total;
+}
+
+/// Calls f(i, std::integral_constant of how many) for rows in groups of kGroup, then one by one.
+template <int kGroup, class F>
+void in_groups(std::int64_t count, const F& f) {
+  std::int64_t i = 0;
+  for (; i + kGroup <= count; i += kGroup) f(i, std::integral_constant<int, kGroup>{});
+  for (; i < count; ++i) f(i, std::integral_constant<int, 1>{});
+}
+
+/// tile[i][j] = sum over p < k of rows[i][p] B[p, column + j], for i < m and j < columns. A tile's row holds
+/// whole vectors.
+template <class V, class T>
+void multiply_few_rows(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
+                       const Operand& b, std::int64_t column, std::int64_t columns, void* tile,
+                       std::int64_t tile_stride) {
+  constexpr int kRowGroup = V::kRegisters >= 32 ? 4 : 2, kColumnGroup = 4;
+  const auto* a = static_cast<const Scalar<V>*>(rows);
+  const auto* b_base = static_cast<const T*>(b.base) + column * b.stride_mn;
+  auto* sums = static_cast<Scalar<V>*>(tile);
+  if (b.stride_k == 1) {
+    constexpr std::int64_t kBlock = kFewRowsBlock * V::kLanes;
+    in_groups<kColumnGroup>(columns, [&](std::int64_t j, auto group_columns) {
+      in_groups<kRowGroup>(m, [&](std::int64_t i, auto group_rows) {
+        for (std::int64_t p = 0; p == 0 || p < k; p += kBlock) {
+          dot_block<V, T, group_rows.value, group_columns.value>(
+              k - p < kBlock ? k - p : kBlock, a + i * row_stride + p, row_stride,
+              b_base + j * b.stride_mn + p, b.stride_mn, sums + i * tile_stride + j, tile_stride,
+              p != 0);
+        }
+      });
+    });
+  } else {
+    const auto strip = [&](std::int64_t j, std::int64_t lanes, auto vectors) {
+      in_groups<kRowGroup>(m, [&](std::int64_t i, auto group_rows) {
+        for (std::int64_t p = 0; p == 0 || p < k; p += kFewRowsBlock) {
+          outer_block<V, T, group_rows.value, vectors.value>(
+              k - p < kFewRowsBlock ? k - p : kFewRowsBlock, a + i * row_stride + p, row_stride,
+              b_base + j * b.stride_mn + p * b.stride_k, b.stride_k, b.stride_mn, lanes,
+              sums + i * tile_stride + j, tile_stride, p != 0);
+        }
+      });
+    };
+    const std::int64_t whole = columns / V::kLanes;
+    in_groups<kColumnGroup>(whole, [&](std::int64_t v, auto vectors) {
+      strip(v * V::kLanes, V::kLanes, vectors);
+    });
+    if (whole * V::kLanes < columns) {
+      strip(whole * V::kLanes, columns - whole * V::kLanes, std::integral_constant<int, 1>{});
+    }
+  }
+}
+
+}  // namespace
+}  // namespace neuron_ext::cpu

@@ -1,0 +1,98 @@
+// Kernels for AVX-512 F, BW, DQ and VL.
+#if defined(__x86_64__)
+
+// The header's _mm512_undefined_ps() reads an uninitialised variable on purpose; GCC 12 then warns of it.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <array>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "registry.h"
+#include "scalar.h"
+
+// Up to the end of the file, after all headers: see isa_avx2.cpp.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+#include "kernels-inl.h"
+
+namespace neuron_ext::cpu {
+namespace {
+
+struct VectorF32 {
+  using Scalar = float;
+  static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
+  using Reg = __m512;
+
+  static Reg set1(float x) { return _mm512_set1_ps(x); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg multiply_add(Reg a, Reg b, Reg c) { return fma(a, b, c); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg widen(Halves<VectorF32> h) {
+    return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
+  }
+  static Halves<VectorF32> narrow(Reg x) {
+    return reinterpret_cast<Halves<VectorF32>>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static Reg load_partial(const float* p, std::int64_t count) {
+    return _mm512_maskz_loadu_ps(first(count), p);
+  }
+  static void store_partial(float* p, Reg x, std::int64_t count) {
+    _mm512_mask_storeu_ps(p, first(count), x);
+  }
+  static __mmask16 first(std::int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+};
+
+struct VectorF64 {
+  using Scalar = double;
+  static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 32;
+  using Reg = __m512d;
+
+  static Reg set1(double x) { return _mm512_set1_pd(x); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static Reg multiply_add(Reg a, Reg b, Reg c) { return fma(a, b, c); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
+  static Reg load_partial(const double* p, std::int64_t count) {
+    return _mm512_maskz_loadu_pd(first(count), p);
+  }
+  static void store_partial(double* p, Reg x, std::int64_t count) {
+    _mm512_mask_storeu_pd(p, first(count), x);
+  }
+  static __mmask8 first(std::int64_t count) { return static_cast<__mmask8>((1u << count) - 1); }
+};
+
+constexpr Isa kIsa = Isa::kAvx512;
+constexpr GemmKernel kGemm[] = {
+    few_rows_kernel<VectorF32>("gemm_few_rows_f32_avx512", kIsa),
+    few_rows_kernel<VectorF64>("gemm_few_rows_f64_avx512", kIsa),
+    blocked_kernel<VectorF32, 14>("gemm_f32_14x32_avx512", kIsa),
+    blocked_kernel<VectorF64, 14>("gemm_f64_14x16_avx512", kIsa),
+};
+constexpr ElementwiseKernel kElementwise =
+    elementwise_kernel<VectorF32, VectorF64>("elementwise_avx512", kIsa);
+
+}  // namespace
+
+IsaKernels avx512_kernels() { return {kGemm, kElementwise}; }
+
+}  // namespace neuron_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

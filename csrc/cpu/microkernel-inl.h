@@ -1,0 +1,53 @@
+// The mainloop: a block of D's sums in registers, from packed panels. It knows nothing of D, of storage types or
+// of activations.
+#pragma once
+
+namespace neuron_ext::cpu {
+namespace {
+
+/// tile[i][j] (+)= sum over p < kc of a[p][i] b[p][j], for i < kRows and j < kVectors * kLanes. The panels and
+/// the tile are kMr and kNr wide. The block's sum is formed from zero, and only then added: many short
+/// sums lose less than one long one, and a block's arithmetic is the same wherever its element lies.
+template <class V, int kMr, int kNr, int kRows, int kVectors>
+void microkernel(std::int64_t kc, const Scalar<V>* a, const Scalar<V>* b, Scalar<V>* tile, bool add) {
+  Reg<V> sum[kRows][kVectors] = {};
+  for (std::int64_t p = 0; p < kc; ++p, a += kMr, b += kNr) {
+    Reg<V> b_p[kVectors];
+    for (int v = 0; v < kVectors; ++v) b_p[v] = load<V>(b + v * V::kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      const Reg<V> a_ip = V::set1(a[i]);
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = V::multiply_add(a_ip, b_p[v], sum[i][v]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      Scalar<V>* const place = tile + i * kNr + v * V::kLanes;
+      store<V>(place, add ? load<V>(place) + sum[i][v] : sum[i][v]);
+    }
+  }
+}
+
+/// A kernel of exactly the rows asked for, and of the vectors that hold the columns: edges cost what they hold.
+template <class V, int kMr, int kNr>
+struct Microkernels {
+  using Kernel = void (*)(std::int64_t, const Scalar<V>*, const Scalar<V>*, Scalar<V>*, bool);
+
+  template <int kVectors, int... kRow>
+  static Kernel of_rows(std::int64_t rows, std::integer_sequence<int, kRow...>) {
+    static constexpr Kernel kKernels[] = {microkernel<V, kMr, kNr, kRow + 1, kVectors>...};
+    return kKernels[rows - 1];
+  }
+
+  static void run(std::int64_t rows, std::int64_t columns, std::int64_t kc, const void* a,
+                  const void* b, void* tile, bool add) {
+    static_assert(kNr == 2 * V::kLanes);
+    constexpr std::make_integer_sequence<int, kMr> kRows;
+    const Kernel kernel =
+        columns > V::kLanes ? of_rows<2>(rows, kRows) : of_rows<1>(rows, kRows);
+    kernel(kc, static_cast<const Scalar<V>*>(a), static_cast<const Scalar<V>*>(b),
+           static_cast<Scalar<V>*>(tile), add);
+  }
+};
+
+}  // namespace
+}  // namespace neuron_ext::cpu

@@ -1,0 +1,124 @@
+// Packing: slivers of an operand, of any strides and storage type, laid out as the micro-kernel reads them.
+#pragma once
+
+namespace neuron_ext::cpu {
+namespace {
+
+/// An operand as it is stored. "mn" is the index that survives the product (rows of A, columns of B).
+template <class V, class T>
+struct PlainSource {
+  const T* base;
+  std::int64_t stride_mn, stride_k;
+
+  explicit PlainSource(const Operand& operand)
+      : base(static_cast<const T*>(operand.base)),
+        stride_mn(operand.stride_mn),
+        stride_k(operand.stride_k) {}
+
+  bool unit_k() const { return stride_k == 1; }
+  Reg<V> along_mn(std::int64_t mn, std::int64_t k, std::int64_t count) const {
+    return load<V>(base + mn * stride_mn + k * stride_k, stride_mn, count);
+  }
+  Reg<V> along_k(std::int64_t mn, std::int64_t k, std::int64_t count) const {
+    return load<V>(base + mn * stride_mn + k * stride_k, stride_k, count);
+  }
+};
+
+/// An operand times an activation's gradient, dz = dy f'(y), which is never stored anywhere else.
+template <class V, class T, class F>
+struct GradientSource {
+  PlainSource<V, T> dy, saved;
+
+  explicit GradientSource(const Operand& operand)
+      : dy(operand), saved({operand.saved, operand.saved_stride_mn, operand.saved_stride_k}) {}
+
+  bool unit_k() const { return saved.unit_k(); }
+  Reg<V> along_mn(std::int64_t mn, std::int64_t k, std::int64_t count) const {
+    return F::template gradient<V>(dy.along_mn(mn, k, count), saved.along_mn(mn, k, count));
+  }
+  Reg<V> along_k(std::int64_t mn, std::int64_t k, std::int64_t count) const {
+    return F::template gradient<V>(dy.along_k(mn, k, count), saved.along_k(mn, k, count));
+  }
+};
+
+template <class V, class T, class F>
+void visit_source(const Operand& operand, const F& f) {
+  visit_activation(operand.prologue, [&]<class Prologue>(Prologue) {
+    if constexpr (std::is_same_v<Prologue, Identity>) {
+      f(PlainSource<V, T>(operand));
+    } else {
+      f(GradientSource<V, T, Prologue>(operand));
+    }
+  });
+}
+
+/// panel[k][mn], kWidth values of mn to a k, from `count` <= kWidth of them; the rest is never used.
+///
+/// Vectors are stored whole. Where kWidth isn't a multiple of the lanes, the last vector of a k runs into the
+/// next k's place, which is written afterwards (hence the descending loop), and in the end up to
+/// kLanes - 1 elements past the panel.
+template <class V, int kWidth, class Source>
+void pack_source(const Source& source, std::int64_t mn, std::int64_t count, std::int64_t k,
+                 std::int64_t kc, Scalar<V>* panel) {
+  constexpr int kLanes = V::kLanes;
+  constexpr int kSlices = (kWidth + kLanes - 1) / kLanes;
+  const auto lanes_of = [](std::int64_t left) { return left < kLanes ? left : kLanes; };
+  if (source.unit_k()) {
+    for (std::int64_t p = 0; p < kc; p += kLanes) {
+      const std::int64_t depth = lanes_of(kc - p);
+      for (int slice = kSlices - 1; slice >= 0; --slice) {
+        Reg<V> square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const int row = slice * kLanes + i;
+          square[i] = row < count ? source.along_k(mn + row, k + p, depth) : Reg<V>{};
+        }
+        transpose<V>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          if (i < depth) store<V>(panel + (p + i) * kWidth + slice * kLanes, square[i]);
+        }
+      }
+    }
+  } else {
+    for (std::int64_t p = 0; p < kc; ++p) {
+      for (int slice = 0; slice < kSlices && slice * kLanes < count; ++slice) {
+        store<V>(panel + p * kWidth + slice * kLanes,
+                 source.along_mn(mn + slice * kLanes, k + p, lanes_of(count - slice * kLanes)));
+      }
+    }
+  }
+}
+
+template <class V, class T, int kWidth>
+void pack_panel(const Operand& operand, std::int64_t mn, std::int64_t count, std::int64_t k,
+                std::int64_t kc, void* panel) {
+  visit_source<V, T>(operand, [&](const auto& source) {
+    pack_source<V, kWidth>(source, mn, count, k, kc, static_cast<Scalar<V>*>(panel));
+  });
+}
+
+/// row[p] = operand[mn, p] for p < k, then zeros up to a whole vector.
+template <class V, class T>
+void widen_row(const Operand& operand, std::int64_t mn, std::int64_t k, void* row) {
+  visit_source<V, T>(operand, [&](const auto& source) {
+    for (std::int64_t p = 0; p < k; p += V::kLanes) {
+      const std::int64_t count = k - p < V::kLanes ? k - p : V::kLanes;
+      store<V>(static_cast<Scalar<V>*>(row) + p, source.along_k(mn, p, count));
+    }
+  });
+}
+
+/// sums[mn] += the sum over k of panel[k][mn], formed from zero like a block of D.
+template <class V, int kWidth>
+void sum_panel(std::int64_t kc, const void* panel, void* sums) {
+  const auto* p = static_cast<const Scalar<V>*>(panel);
+  Scalar<V> block[kWidth] = {};
+  for (std::int64_t k = 0; k < kc; ++k) {
+    for (int i = 0; i < kWidth; ++i) block[i] += p[k * kWidth + i];
+  }
+  for (int i = 0; i < kWidth; ++i) static_cast<Scalar<V>*>(sums)[i] += block[i];
+}
+
+}  // namespace
+}  // namespace neuron_ext::cpu

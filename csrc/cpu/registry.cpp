@@ -1,0 +1,72 @@
+#include "registry.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "isa.h"
+
+namespace neuron_ext::cpu {
+namespace {
+
+thread_local const char* last_chosen = "";
+
+/// Best first.
+std::span<const IsaKernels> all_kernels() {
+  static const IsaKernels kernels[] = {
+#if defined(__x86_64__)
+      avx512_kernels(),
+      avx2_kernels(),
+#endif
+      portable_kernels(),
+  };
+  return kernels;
+}
+
+}  // namespace
+
+const GemmKernel& choose_gemm(const GemmDesc& desc) {
+  const Isa active = active_isa();
+  for (const IsaKernels& of_isa : all_kernels()) {
+    for (const GemmKernel& kernel : of_isa.gemm) {
+      if (kernel.isa <= active && kernel.takes(desc.dtype) && kernel.accepts(desc)) {
+        last_chosen = kernel.name;
+        return kernel;
+      }
+    }
+  }
+  throw std::logic_error("the portable rows accept every product");
+}
+
+const ElementwiseKernel& choose_elementwise() {
+  const Isa active = active_isa();
+  for (const IsaKernels& of_isa : all_kernels()) {
+    if (of_isa.elementwise.isa <= active) {
+      last_chosen = of_isa.elementwise.name;
+      return of_isa.elementwise;
+    }
+  }
+  throw std::logic_error("every CPU runs the portable rows");
+}
+
+std::vector<KernelInfo> kernels() {
+  std::vector<KernelInfo> infos;
+  const auto add = [&](const char* name, Isa isa, const auto& takes) {
+    KernelInfo info{name, isa, {}, is_supported(isa)};
+    for (int i = 0; i < kDTypeCount; ++i) {
+      if (takes(i)) info.dtypes.push_back(static_cast<DType>(i));
+    }
+    infos.push_back(std::move(info));
+  };
+  for (const IsaKernels& of_isa : all_kernels()) {
+    for (const GemmKernel& kernel : of_isa.gemm) {
+      add(kernel.name, kernel.isa, [&](int i) { return kernel.takes(static_cast<DType>(i)); });
+    }
+    const ElementwiseKernel& kernel = of_isa.elementwise;
+    add(kernel.name, kernel.isa, [&](int i) { return kernel.activate[i] != nullptr; });
+  }
+  return infos;
+}
+
+const char* last_kernel() { return last_chosen; }
+
+}  // namespace neuron_ext::cpu

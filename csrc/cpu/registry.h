@@ -1,0 +1,100 @@
+// The kernels there are, as data. A row can be listed, chosen, and tested against all others.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "neuron_ext/cpu.h"
+
+namespace neuron_ext::cpu {
+
+/// A or B as packing sees it: "mn" is the index that survives the product. With a prologue, an element is
+/// base's times the activation's gradient at saved's.
+struct Operand {
+  const void* base;
+  std::int64_t stride_mn, stride_k;
+  Activation prologue = Activation::kIdentity;
+  const void* saved = nullptr;
+  std::int64_t saved_stride_mn = 0, saved_stride_k = 0;
+};
+
+/// The functions of a row for one storage type; null where the row doesn't take it. Panels, tiles, rows, sums
+/// and bias rows are in the accumulator type; what each function does is said where it's defined.
+struct GemmFunctions {
+  // pack-inl.h
+  void (*pack_a)(const Operand& a, std::int64_t i, std::int64_t count, std::int64_t k,
+                 std::int64_t kc, void* panel);
+  void (*pack_b)(const Operand& b, std::int64_t j, std::int64_t count, std::int64_t k,
+                 std::int64_t kc, void* panel);
+  void (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row);
+  // few_rows-inl.h
+  void (*multiply_few_rows)(std::int64_t m, std::int64_t k, const void* rows,
+                            std::int64_t row_stride, const Operand& b, std::int64_t column,
+                            std::int64_t columns, void* tile, std::int64_t tile_stride);
+  // epilogue-inl.h
+  void (*widen_bias)(const void* bias, std::int64_t stride, std::int64_t n, void* row);
+  void (*epilogue)(Activation activation, std::int64_t rows, std::int64_t columns, const void* tile,
+                   std::int64_t tile_stride, const void* bias, void* d, std::int64_t d_stride);
+  void (*narrow_row)(std::int64_t n, const void* row, void* out);
+};
+
+struct GemmKernel {
+  const char* name;
+  Isa isa;
+  bool (*accepts)(const GemmDesc& desc);
+  void (*run)(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+              const ParallelFor& parallel_for);  // a driver in gemm.cpp
+
+  std::int64_t lanes;   // accumulators in a vector: rows and buffers hold whole vectors
+  std::int64_t mr, nr;  // the register tile
+  std::int64_t kc;      // longest block of k summed in registers
+  void (*microkernel)(std::int64_t rows, std::int64_t columns, std::int64_t kc, const void* a,
+                      const void* b, void* tile, bool add);
+  void (*sum_panel)(std::int64_t kc, const void* panel, void* sums);
+  void (*sum_row)(std::int64_t k, const void* row, void* sum);
+  std::array<GemmFunctions, kDTypeCount> functions;  // by DType
+
+  const GemmFunctions& of(DType dtype) const { return functions[static_cast<int>(dtype)]; }
+  bool takes(DType dtype) const { return of(dtype).epilogue != nullptr; }
+};
+
+struct ElementwiseKernel {
+  const char* name;
+  Isa isa;
+  // As in cpu.h, by DType.
+  std::array<void (*)(Activation, std::int64_t, const void*, std::int64_t, void*, std::int64_t),
+             kDTypeCount>
+      activate;
+  std::array<void (*)(Activation, std::int64_t, const void*, std::int64_t, const void*,
+                      std::int64_t, void*, std::int64_t),
+             kDTypeCount>
+      activate_backward;
+};
+
+/// What one isa_*.cpp contributes: the rows of its ISA, best first.
+struct IsaKernels {
+  std::span<const GemmKernel> gemm;
+  const ElementwiseKernel& elementwise;
+};
+
+/// The drivers in gemm.cpp, and what their rows accept.
+void run_few_rows(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+                  const ParallelFor& parallel_for);
+void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+                 const ParallelFor& parallel_for);
+bool has_few_rows(const GemmDesc& desc);
+bool is_any(const GemmDesc& desc);
+
+IsaKernels portable_kernels();
+#if defined(__x86_64__)
+IsaKernels avx2_kernels();
+IsaKernels avx512_kernels();
+#endif
+
+/// The first row, of the active ISA or one before it, that accepts the product; last_kernel() then names it.
+const GemmKernel& choose_gemm(const GemmDesc& desc);
+const ElementwiseKernel& choose_elementwise();
+
+}  // namespace neuron_ext::cpu

@@ -1,0 +1,168 @@
+// What all kernels do with a vector type. An isa_*.cpp defines, for each accumulator type, a struct V with
+//
+//   Scalar, kLanes, Reg     float or double, how many, and a native vector of them (+ - * / work on it)
+//   kRegisters              how many vector registers the ISA has
+//   set1(x)                 x in every lane
+//   fma(a, b, c)            a b + c, rounded once
+//   multiply_add(a, b, c)   a b + c, in the fastest way
+//   min(a, b), max(a, b)    b where either is nan
+//   widen(h), narrow(x)     eight-byte-or-wider vectors of f16 bits to and from f32; only where Scalar is float
+//   load_partial(p, count), store_partial(p, x, count)   masked moves of Scalar, if the ISA has them
+//
+// A V is named in an unnamed namespace, so everything made from it has internal linkage: the linker can't merge
+// code for one ISA with another's. For the same reason nothing here calls a function template of std. No lambda takes
+// or returns a vector: GCC checks such a signature against the file's flags, not the region's.
+#pragma once
+
+namespace neuron_ext::cpu {
+namespace {
+
+template <class V>
+using Reg = typename V::Reg;
+template <class V>
+using Scalar = typename V::Scalar;
+
+/// Integers of the width and number of V's lanes, and 16-bit ones of the same number.
+template <class V>
+struct Integers {
+  using Lane = std::conditional_t<sizeof(Scalar<V>) == 4, std::uint32_t, std::uint64_t>;
+  typedef Lane Words __attribute__((vector_size(V::kLanes * sizeof(Lane))));
+  typedef std::uint16_t Halves __attribute__((vector_size(V::kLanes * sizeof(std::uint16_t))));
+};
+template <class V>
+using Words = typename Integers<V>::Words;
+template <class V>
+using Halves = typename Integers<V>::Halves;
+
+// ---- loads: from any storage type, any stride, or fewer elements than lanes (the rest are zero) ------------
+
+template <class V>
+Reg<V> load(const Scalar<V>* p) {
+  Reg<V> x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <class V>
+Reg<V> load(const BFloat16* p) {
+  Halves<V> h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return reinterpret_cast<Reg<V>>(__builtin_convertvector(h, Words<V>) << 16);
+}
+
+template <class V>
+Reg<V> load(const Float16* p) {
+  Halves<V> h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return V::widen(h);
+}
+
+template <class V, class T>
+Reg<V> load_strided(const T* p, std::int64_t stride, std::int64_t count) {
+  if (stride == 0 && count == V::kLanes) return V::set1(widen(*p));
+  Scalar<V> lanes[V::kLanes] = {};
+  for (std::int64_t i = 0; i < count; ++i) lanes[i] = widen(p[i * stride]);
+  return load<V>(lanes);
+}
+
+template <class V, class T>
+Reg<V> load_partial(const T* p, std::int64_t count) {
+  if constexpr (requires { V::load_partial(p, count); }) {
+    return V::load_partial(p, count);
+  } else {
+    return load_strided<V>(p, 1, count);
+  }
+}
+
+/// The `count` <= kLanes elements at p, p + stride, ...
+template <class V, class T>
+Reg<V> load(const T* p, std::int64_t stride, std::int64_t count) {
+  if (stride != 1) return load_strided<V>(p, stride, count);
+  return count == V::kLanes ? load<V>(p) : load_partial<V>(p, count);
+}
+
+// ---- stores: rounding to any storage type -------------------------------------------------------------------
+
+template <class V>
+void store(Scalar<V>* p, Reg<V> x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+
+template <class V>
+void store(BFloat16* p, Reg<V> x) {
+  const auto bits = reinterpret_cast<Words<V>>(x);
+  const Words<V> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Words<V> quieted = bits >> 16 | 0x40;
+  const auto h = __builtin_convertvector(x == x ? rounded : quieted, Halves<V>);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+template <class V>
+void store(Float16* p, Reg<V> x) {
+  const Halves<V> h = V::narrow(x);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+/// The first `count` <= kLanes elements.
+template <class V, class T>
+void store(T* p, Reg<V> x, std::int64_t count) {
+  if (count == V::kLanes) {
+    store<V>(p, x);
+  } else if constexpr (requires { V::store_partial(p, x, count); }) {
+    V::store_partial(p, x, count);
+  } else {
+    T lanes[V::kLanes];
+    store<V>(lanes, x);
+    for (std::int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+  }
+}
+
+// ---- across lanes -------------------------------------------------------------------------------------------
+
+/// Lane i of the result is lane index(i) of a followed by b.
+template <class V, class Index, int... kLane>
+Reg<V> shuffle(Reg<V> a, Reg<V> b, Index index, std::integer_sequence<int, kLane...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, index(kLane)...);
+#else
+  return __builtin_shuffle(a, b, Words<V>{index(kLane)...});
+#endif
+}
+
+template <class V>
+using AllLanes = std::make_integer_sequence<int, V::kLanes>;
+
+/// The sum of all lanes, always added in the same order.
+template <class V, int kHalf = V::kLanes / 2>
+Scalar<V> sum_lanes(Reg<V> x) {
+  if constexpr (kHalf == 0) {
+    return x[0];
+  } else {
+    constexpr auto kUpper = [](int lane) constexpr { return (lane + kHalf) % V::kLanes; };
+    return sum_lanes<V, kHalf / 2>(x + shuffle<V>(x, x, kUpper, AllLanes<V>{}));
+  }
+}
+
+/// Transposes a square of kLanes x kLanes by exchanging off-diagonal blocks of 1, 2, 4, ... lanes.
+template <class V, int kBlock = 1>
+void transpose(Reg<V> (&row)[V::kLanes]) {
+  if constexpr (kBlock < V::kLanes) {
+    constexpr auto kLower = [](int lane) constexpr {
+      return lane & kBlock ? V::kLanes + lane - kBlock : lane;
+    };
+    constexpr auto kUpper = [](int lane) constexpr {
+      return lane & kBlock ? V::kLanes + lane : lane + kBlock;
+    };
+#pragma GCC unroll 16
+    for (int i = 0; i < V::kLanes; ++i) {
+      if (i & kBlock) continue;
+      const Reg<V> a = row[i], b = row[i + kBlock];
+      row[i] = shuffle<V>(a, b, kLower, AllLanes<V>{});
+      row[i + kBlock] = shuffle<V>(a, b, kUpper, AllLanes<V>{});
+    }
+    transpose<V, 2 * kBlock>(row);
+  }
+}
+
+}  // namespace
+}  // namespace neuron_ext::cpu

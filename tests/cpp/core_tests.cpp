@@ -1,0 +1,801 @@
+// Tests of the torch-free core, for every instruction set that this machine can run.
+//
+//   core_tests                        everything below, in under a minute
+//   core_tests --exhaustive-sigmoid   the sigmoid of every f32, prints its largest error (minutes)
+//   core_tests --active-isa           prints the ISA in use; the tests call it with NEURON_EXT_CPU_ISA set
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <iostream>
+#include <limits>
+#include <mutex>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "neuron_ext/cpu.h"
+#include "reference.h"
+#include "scalar.h"
+
+namespace {
+
+using namespace neuron_ext;
+using namespace neuron_ext::cpu;
+
+// ---- reporting ------------------------------------------------------------------------------------
+
+int failures = 0;
+std::mutex report_mutex;
+
+#define CHECK(condition, message)                                                       \
+  do {                                                                                  \
+    if (!(condition)) {                                                                 \
+      std::ostringstream text;                                                          \
+      text << message;                                                                  \
+      const std::lock_guard lock(report_mutex);                                         \
+      if (++failures <= 20) std::cerr << __LINE__ << ": " << #condition << ": " << text.str() << '\n'; \
+    }                                                                                   \
+  } while (false)
+
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+
+// ---- threads --------------------------------------------------------------------------------------
+
+template <int kThreads>
+void run_on_threads(std::int64_t n, std::int64_t grain, ParallelFor::Body body,
+                    const void* closure) {
+  const std::int64_t piece = std::max(grain, (n + kThreads - 1) / kThreads);
+  std::vector<std::thread> threads;
+  for (std::int64_t begin = piece; begin < n; begin += piece) {
+    threads.emplace_back(body, closure, begin, std::min(begin + piece, n));
+  }
+  body(closure, 0, std::min(piece, n));
+  for (std::thread& thread : threads) thread.join();
+}
+
+template <int kThreads>
+ParallelFor on_threads() {
+  return ParallelFor(run_on_threads<kThreads>, kThreads);
+}
+
+// ---- operands -------------------------------------------------------------------------------------
+
+using Values = std::function<double(std::int64_t, std::int64_t)>;
+
+enum class Layout { kRows, kColumns, kGaps, kNegative, kExpandedRows, kExpandedColumns };
+constexpr int kLayouts = 6;
+
+/// A rows x columns view of dtype, somewhere inside its storage.
+struct View {
+  std::vector<std::byte> storage;
+  const void* base = nullptr;
+  std::int64_t stride_row = 0, stride_column = 0;
+
+  View(DType dtype, Layout layout, std::int64_t rows, std::int64_t columns, const Values& values) {
+    switch (layout) {
+      case Layout::kRows:
+        stride_row = columns, stride_column = 1;
+        break;
+      case Layout::kColumns:
+        stride_row = 1, stride_column = rows;
+        break;
+      case Layout::kGaps:
+        stride_row = 3 * columns + 5, stride_column = 3;
+        break;
+      case Layout::kNegative:
+        stride_row = -(columns + 1), stride_column = 1;
+        break;
+      case Layout::kExpandedRows:
+        stride_row = 0, stride_column = 1;
+        break;
+      case Layout::kExpandedColumns:
+        stride_row = 1, stride_column = 0;
+        break;
+    }
+    const std::int64_t row_span = stride_row * std::max<std::int64_t>(0, rows - 1);
+    const std::int64_t column_span = stride_column * std::max<std::int64_t>(0, columns - 1);
+    const std::int64_t first = -std::min<std::int64_t>(0, row_span);
+    const std::int64_t count = std::abs(row_span) + std::abs(column_span) + 1;
+    // Exactly as large as the view, so that a sanitizer sees any read beyond it; elsewhere nan.
+    storage.assign(static_cast<std::size_t>(count * size_of(dtype)), std::byte{0xff});
+    if (rows == 0 || columns == 0) return;
+    base = storage.data() + first * size_of(dtype);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      for (std::int64_t j = 0; j < columns; ++j) {
+        const bool same_row = layout == Layout::kExpandedRows;
+        const bool same_column = layout == Layout::kExpandedColumns;
+        reference_store(dtype, storage.data(), first + i * stride_row + j * stride_column,
+                        values(same_row ? 0 : i, same_column ? 0 : j));
+      }
+    }
+  }
+};
+
+/// One product: its operands, its reference result, and room for results.
+struct Product {
+  struct Options {
+    Layout a = Layout::kRows, b = Layout::kColumns, saved = Layout::kRows;
+    bool bias = false, bias_is_scalar = false, prologue = false, a_sum = false;
+    Activation epilogue = Activation::kIdentity;
+  };
+  struct Result {
+    std::vector<std::byte> d, a_sum;
+    bool operator==(const Result&) const = default;
+  };
+
+  Product(DType dtype, std::int64_t m, std::int64_t n, std::int64_t k, const Options& options,
+          const Values& a_values, const Values& b_values, const Values& saved_values)
+      : a(dtype, options.a, m, k, a_values),
+        b(dtype, options.b, k, n, b_values),
+        saved(dtype, options.saved, m, options.prologue ? k : 0, saved_values),
+        bias(dtype, Layout::kGaps, options.bias ? 1 : 0, n, b_values) {
+    desc.m = m, desc.n = n, desc.k = k, desc.dtype = dtype;
+    desc.a_stride_m = a.stride_row, desc.a_stride_k = a.stride_column;
+    desc.b_stride_k = b.stride_row, desc.b_stride_n = b.stride_column;
+    desc.d_stride_m = n + 3;
+    desc.has_bias = options.bias;
+    desc.bias_stride = options.bias_is_scalar ? 0 : bias.stride_column;
+    desc.epilogue = options.epilogue;
+    desc.prologue = options.prologue ? Activation::kSigmoid : Activation::kIdentity;
+    desc.saved_stride_m = saved.stride_row, desc.saved_stride_k = saved.stride_column;
+    desc.has_a_sum = options.a_sum;
+    inputs.a = a.base, inputs.b = b.base, inputs.saved = saved.base, inputs.bias = bias.base;
+  }
+
+  static constexpr std::int64_t kGuard = 40;  // poisoned elements around each output
+
+  Result compute(const ParallelFor& parallel_for) const {
+    const std::int64_t size = size_of(desc.dtype);
+    Result result;
+    result.d.assign((desc.m * desc.d_stride_m + 2 * kGuard) * size, std::byte{0xa5});
+    result.a_sum.assign((desc.m + 2 * kGuard) * size, std::byte{0xa5});
+    GemmPointers at = inputs;
+    at.d = result.d.data() + kGuard * size;
+    at.a_sum = result.a_sum.data() + kGuard * size;
+    gemm(desc, at, parallel_for);
+    return result;
+  }
+
+  /// What compute() must give where the reference's result is exact: rounded once, and nothing else written.
+  Result expected(const ReferenceGemm& reference) const {
+    const std::int64_t size = size_of(desc.dtype);
+    Result result;
+    result.d.assign((desc.m * desc.d_stride_m + 2 * kGuard) * size, std::byte{0xa5});
+    result.a_sum.assign((desc.m + 2 * kGuard) * size, std::byte{0xa5});
+    for (std::int64_t i = 0; i < desc.m; ++i) {
+      for (std::int64_t j = 0; j < desc.n; ++j) {
+        reference_store(desc.dtype, result.d.data(), kGuard + i * desc.d_stride_m + j,
+                        reference.d[i * desc.n + j]);
+      }
+      if (desc.has_a_sum) {
+        reference_store(desc.dtype, result.a_sum.data(), kGuard + i, reference.a_sum[i]);
+      }
+    }
+    return result;
+  }
+
+  double d(const Result& result, std::int64_t i, std::int64_t j) const {
+    return reference_load(desc.dtype, result.d.data(), kGuard + i * desc.d_stride_m + j);
+  }
+
+  std::string name() const {
+    std::ostringstream text;
+    text << name_of(active_isa()) << ' ' << last_kernel() << ' ' << name_of(desc.dtype) << " m "
+         << desc.m << " n " << desc.n << " k " << desc.k << " A (" << desc.a_stride_m << ", "
+         << desc.a_stride_k << ") B (" << desc.b_stride_k << ", " << desc.b_stride_n << ") saved ("
+         << desc.saved_stride_m << ", " << desc.saved_stride_k << ") bias " << desc.has_bias
+         << " prologue " << name_of(desc.prologue) << " epilogue " << name_of(desc.epilogue)
+         << " a_sum " << desc.has_a_sum;
+    return text.str();
+  }
+
+  GemmDesc desc;
+  GemmPointers inputs;
+  View a, b, saved, bias;
+};
+
+double spacing(DType dtype, double value) {
+  const int bits[] = {24, 53, 8, 11}, lowest[] = {-149, -1074, -133, -24};
+  const int index = static_cast<int>(dtype);
+  int exponent;
+  std::frexp(value, &exponent);
+  return std::ldexp(1.0, std::max(exponent - bits[index], lowest[index]));
+}
+
+// Small integers, without a pattern that a wrong index could repeat.
+double integer(std::int64_t i, std::int64_t j) {
+  std::uint64_t mixed = static_cast<std::uint64_t>(i) * 0x9e3779b97f4a7c15u +
+                        static_cast<std::uint64_t>(j) * 0xc2b2ae3d27d4eb4fu + 1;
+  mixed ^= mixed >> 29;
+  mixed *= 0xbf58476d1ce4e5b9u;
+  return static_cast<double>((mixed >> 40) % 7) - 3;
+}
+
+// Outputs whose gradient y (1 - y) is exact: 0, 1/4, 0, -2.
+double exact_saved(std::int64_t i, std::int64_t j) {
+  const double outputs[] = {0, 0.5, 1, 2};
+  return outputs[static_cast<int>(integer(i + 11, j)) & 3];
+}
+
+// ---- gemm -----------------------------------------------------------------------------------------
+
+/// Compares every ISA's result with the exact one, bit for bit.
+void check_exact(const Product& product) {
+  const Product::Result expected = product.expected(reference_gemm(product.desc, product.inputs));
+  for (Isa isa : supported_isas()) {
+    set_active_isa(isa);
+    CHECK(product.compute(serial()) == expected, product.name());
+    CHECK(product.compute(on_threads<3>()) == expected, product.name() << ", 3 threads");
+  }
+}
+
+void test_exact_sums() {
+  int turn = 0;
+  const auto check = [&](DType dtype, std::int64_t m, std::int64_t n, std::int64_t k) {
+    Product::Options options;
+    options.a = static_cast<Layout>(turn % kLayouts);
+    options.b = static_cast<Layout>(turn / 2 % kLayouts);
+    options.saved = static_cast<Layout>(turn / 3 % kLayouts);
+    options.bias = turn % 3 != 0;
+    options.bias_is_scalar = turn % 9 == 1;
+    options.prologue = turn % 4 == 1;
+    options.a_sum = turn % 5 < 2;
+    ++turn;
+    check_exact(Product(dtype, m, n, k, options, integer, integer, exact_saved));
+  };
+  for (DType dtype : kDTypes) {
+    // Every remainder of the register tiles.
+    for (std::int64_t m = 0; m <= 31; ++m) {
+      for (std::int64_t n = 0; n <= 35; n += 1 + (m + n) % 3) check(dtype, m, n, 1 + (m + n) % 6);
+    }
+    // Every remainder of a vector along k, on both sides of a block.
+    for (std::int64_t k = 0; k <= 40; ++k) {
+      check(dtype, 3, 5, k);
+      check(dtype, 15, 33, k);
+    }
+    for (std::int64_t k : {255, 256, 257, 300, 511, 513, 600, 1025}) {
+      check(dtype, 2, 9, k);
+      check(dtype, 17, 35, k);
+    }
+    // Several tiles.
+    check(dtype, 90, 130, 70);
+    check(dtype, 1, 700, 33);
+    check(dtype, 700, 1, 33);
+    // Several chunks of k.
+    check(dtype, 9, 20, 8192 + 77);
+    check(dtype, 16, 3, 3 * 4096);
+    check(dtype, 12, 0, 9000);
+  }
+}
+
+/// The layers' own calls: fprop (NT), dgrad (NN), wgrad (TN), with what each asks for.
+void test_layer_products() {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t batch : {1, 4, 33, 100}) {
+      for (std::int64_t in : {1, 5, 40}) {
+        for (std::int64_t out : {1, 7, 50}) {
+          Product::Options fprop;
+          fprop.bias = true;
+          check_exact(Product(dtype, batch, out, in, fprop, integer, integer, exact_saved));
+          Product::Options dgrad;
+          dgrad.b = Layout::kRows;
+          dgrad.prologue = true;
+          check_exact(Product(dtype, batch, in, out, dgrad, integer, integer, exact_saved));
+          Product::Options wgrad;
+          wgrad.a = wgrad.saved = Layout::kColumns;
+          wgrad.b = Layout::kRows;
+          wgrad.prologue = wgrad.a_sum = true;
+          check_exact(Product(dtype, out, in, batch, wgrad, integer, integer, exact_saved));
+        }
+      }
+    }
+  }
+}
+
+/// Values drawn once for every (i, j) of a rows x columns operand.
+Values random_values(unsigned seed, std::int64_t rows, std::int64_t columns, bool scale_rows) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<double> normal;
+  std::vector<double> values(static_cast<std::size_t>(rows * columns));
+  for (std::int64_t i = 0; i < rows; ++i) {
+    const double scale = !scale_rows ? 1 : i % 2 == 0 ? 1e30 : 1e-30;
+    for (std::int64_t j = 0; j < columns; ++j) values[i * columns + j] = scale * normal(engine);
+  }
+  return [values, columns](std::int64_t i, std::int64_t j) { return values[i * columns + j]; };
+}
+
+/// |D - Dref| <= c (|A'| |B| + |b|) with c for blocks of 256, and the blocks' and chunks' sums.
+void test_error_bounds() {
+  double worst = 0;
+  for (DType dtype : kDTypes) {
+    const double eps = dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
+    for (bool scale_rows : {false, true}) {
+      if (scale_rows && dtype == DType::kFloat16) continue;
+      for (std::int64_t m : {3, 30}) {
+        for (std::int64_t k : {20, 256, 1000, 9000}) {
+          const std::int64_t n = 40;
+          Product::Options options;
+          options.bias = true;
+          options.prologue = k == 1000;
+          const Values uniform = [](std::int64_t i, std::int64_t j) {
+            return (integer(i, j) + 3.5) / 7;
+          };
+          const Product product(dtype, m, n, k, options, random_values(1, m, k, scale_rows),
+                                random_values(2, k, n, false), uniform);
+          const ReferenceGemm reference = reference_gemm(product.desc, product.inputs);
+          // Terms of a block, rounded products of the prologue, blocks, chunks, lanes, bias.
+          const double terms = std::min<double>(k, 256) + 3 + k / 256.0 + 32 + 5;
+          for (Isa isa : supported_isas()) {
+            set_active_isa(isa);
+            const Product::Result result = product.compute(serial());
+            for (std::int64_t i = 0; i < m; ++i) {
+              for (std::int64_t j = 0; j < n; ++j) {
+                const double exact = reference.d[i * n + j];
+                const double magnitude = reference.d_magnitude[i * n + j];
+                const double error = std::abs(product.d(result, i, j) - exact);
+                const double store =
+                    dtype == DType::kFloat32 ? 0 : spacing(dtype, exact) * 0.5 * (1 + 1e-3);
+                CHECK(error <= terms * eps * magnitude + store,
+                      product.name() << " at " << i << ", " << j << ": error " << error << " of "
+                                     << exact);
+                if (dtype == DType::kFloat32) worst = std::max(worst, error / (2 * eps * magnitude));
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  std::cout << "gemm f32: largest error " << worst << " eps (|A||B| + |b|)\n";
+}
+
+void test_fused_sigmoid() {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t m : {1, 20}) {
+      for (std::int64_t k : {0, 5, 300}) {
+        const std::int64_t n = 37;
+        Product::Options options;
+        options.bias = true;
+        options.epilogue = Activation::kSigmoid;
+        // Integers over 4: sums are exact, so that only the sigmoid and the store round.
+        const Values quarters = [](std::int64_t i, std::int64_t j) { return integer(i, j) / 4; };
+        const Product product(dtype, m, n, k, options, integer, quarters, integer);
+        const ReferenceGemm reference = reference_gemm(product.desc, product.inputs);
+        for (Isa isa : supported_isas()) {
+          set_active_isa(isa);
+          const Product::Result result = product.compute(serial());
+          for (std::int64_t i = 0; i < m; ++i) {
+            for (std::int64_t j = 0; j < n; ++j) {
+              const double exact = reference.d[i * n + j];
+              const double limit = size_of(dtype) == 2 ? 0.501 : 1;
+              CHECK(std::abs(product.d(result, i, j) - exact) <= limit * spacing(dtype, exact),
+                    product.name() << " at " << i << ", " << j << ": "
+                                   << product.d(result, i, j) << " for " << exact);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+/// Nans and infinities stay in their row and column.
+void test_isolation() {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t m : {4, 40}) {
+      const std::int64_t n = 45, k = 270;
+      const Values a = [](std::int64_t i, std::int64_t p) {
+        return i == 2 && p == 7 ? std::numeric_limits<double>::quiet_NaN() : integer(i, p);
+      };
+      const Values b = [](std::int64_t p, std::int64_t j) {
+        return j == 5 && p == 3 ? std::numeric_limits<double>::infinity() : integer(p, j) + 0.5;
+      };
+      for (Layout b_layout : {Layout::kRows, Layout::kColumns}) {
+        Product::Options options;
+        options.b = b_layout;
+        const Product product(dtype, m, n, k, options, a, b, integer);
+        for (Isa isa : supported_isas()) {
+          set_active_isa(isa);
+          const Product::Result result = product.compute(serial());
+          for (std::int64_t i = 0; i < m; ++i) {
+            for (std::int64_t j = 0; j < n; ++j) {
+              CHECK(std::isfinite(product.d(result, i, j)) == (i != 2 && j != 5),
+                    product.name() << " at " << i << ", " << j);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+/// Bitwise the same for any thread count, and from several threads at once.
+void test_threads() {
+  struct Shape {
+    std::int64_t m, n, k;
+  };
+  for (DType dtype : kDTypes) {
+    for (const Shape& shape : {Shape{200, 300, 700}, Shape{30, 40, 20000}, Shape{5, 3000, 600},
+                               Shape{129, 65, 40}, Shape{1000, 10, 64}}) {
+      Product::Options options;
+      options.bias = options.prologue = options.a_sum = true;
+      options.epilogue = Activation::kSigmoid;
+      const Values a = random_values(3, shape.m, shape.k, false);
+      const Values b = random_values(4, shape.k, shape.n, false);
+      const Product product(dtype, shape.m, shape.n, shape.k, options, a, b, a);
+      for (Isa isa : supported_isas()) {
+        if (isa == Isa::kPortable && shape.m == 200) continue;  // slow, and the same driver
+        set_active_isa(isa);
+        const Product::Result one = product.compute(serial());
+        CHECK(product.compute(on_threads<2>()) == one, product.name() << ", 2 threads");
+        CHECK(product.compute(on_threads<3>()) == one, product.name() << ", 3 threads");
+        CHECK(product.compute(on_threads<8>()) == one, product.name() << ", 8 threads");
+        CHECK(product.compute(on_threads<61>()) == one, product.name() << ", 61 threads");
+        std::vector<std::thread> callers;
+        for (int caller = 0; caller < 3; ++caller) {
+          callers.emplace_back([&] {
+            CHECK(product.compute(on_threads<2>()) == one, product.name() << ", three callers");
+          });
+        }
+        for (std::thread& caller : callers) caller.join();
+      }
+    }
+  }
+}
+
+// ---- elementwise ----------------------------------------------------------------------------------
+
+template <class T>
+constexpr DType kDTypeOf = DType::kFloat32;
+template <>
+constexpr DType kDTypeOf<double> = DType::kFloat64;
+template <>
+constexpr DType kDTypeOf<BFloat16> = DType::kBFloat16;
+template <>
+constexpr DType kDTypeOf<Float16> = DType::kFloat16;
+
+template <class T>
+std::vector<T> sigmoid_of(const std::vector<T>& x) {
+  std::vector<T> y(x.size());
+  activate(Activation::kSigmoid, kDTypeOf<T>, static_cast<std::int64_t>(x.size()), x.data(), 1,
+           y.data(), 1);
+  return y;
+}
+
+template <class T>
+bool same_bits(const std::vector<T>& x, const std::vector<T>& y) {
+  return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
+}
+
+/// Same bits, or both nan.
+template <class T>
+bool same_values(const std::vector<T>& x, const std::vector<T>& y) {
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const bool both_nan = std::isnan(widen(x[i])) && std::isnan(widen(y[i]));
+    if (!both_nan && std::memcmp(&x[i], &y[i], sizeof(T)) != 0) return false;
+  }
+  return x.size() == y.size();
+}
+
+/// The largest error in units of the last place; x that are nan must give nan.
+template <class T>
+double largest_error(const std::vector<T>& x, const std::vector<T>& y) {
+  double worst = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const long double value = widen(x[i]);
+    const double computed = widen(y[i]);
+    if (std::isnan(value)) {
+      CHECK(std::isnan(computed), "sigmoid(nan) = " << computed);
+      continue;
+    }
+    const long double e = std::exp(-std::abs(value));
+    const long double exact = (value >= 0 ? 1 : e) / (1 + e);
+    const double ulp = spacing(kDTypeOf<T>, static_cast<double>(exact));
+    worst = std::max(worst, static_cast<double>(std::abs(computed - exact)) / ulp);
+  }
+  return worst;
+}
+
+/// Every sign and exponent, `count` mantissas each, and finer where the sigmoid bends.
+template <class T, class Bits>
+std::vector<T> all_exponents(int mantissa_bits, int exponents, int count) {
+  std::mt19937_64 engine(5);
+  std::vector<T> values;
+  for (Bits exponent = 0; exponent < static_cast<Bits>(exponents); ++exponent) {
+    for (int i = 0; i < count; ++i) {
+      const Bits random = static_cast<Bits>(engine());
+      const Bits mantissa = i == 0 ? 0 : random & ((Bits{1} << mantissa_bits) - 1);
+      const T value = std::bit_cast<T>(exponent << mantissa_bits | mantissa);
+      values.push_back(value);
+      values.push_back(-value);
+    }
+  }
+  std::uniform_real_distribution<T> bend(-800, 200);
+  for (int i = 0; i < 100 * count; ++i) values.push_back(bend(engine) / (1 << i % 8));
+  return values;
+}
+
+template <class T>
+void check_sigmoid(const std::vector<T>& x, double limit) {
+  std::vector<T> first;
+  for (Isa isa : supported_isas()) {
+    set_active_isa(isa);
+    const std::vector<T> y = sigmoid_of(x);
+    const double worst = largest_error(x, y);
+    std::cout << "sigmoid " << name_of(kDTypeOf<T>) << ' ' << name_of(isa) << ": largest error "
+              << worst << " ULP over " << x.size() << " values\n";
+    CHECK(worst <= limit, name_of(isa) << ' ' << name_of(kDTypeOf<T>) << ": " << worst << " ULP");
+    if (first.empty()) first = y;
+    CHECK(same_values(first, y), name_of(isa) << ' ' << name_of(kDTypeOf<T>)
+                                            << " differs from " << name_of(supported_isas()[0]));
+    for (std::size_t i = 0; i < x.size(); i += 997) {
+      CHECK(same_values(sigmoid_of(std::vector<T>{x[i]}), std::vector<T>{y[i]}),
+            name_of(isa) << ' ' << name_of(kDTypeOf<T>) << ": one element differs from many at "
+                         << static_cast<double>(widen(x[i])));
+    }
+  }
+}
+
+void test_sigmoid() {
+  check_sigmoid(all_exponents<float, std::uint32_t>(23, 256, 600), 0.9);
+  check_sigmoid(all_exponents<double, std::uint64_t>(52, 2048, 100), 0.9);
+  const float inf = std::numeric_limits<float>::infinity();
+  for (Isa isa : supported_isas()) {
+    set_active_isa(isa);
+    const std::vector<float> y = sigmoid_of(std::vector<float>{inf, -inf, 0, -0.0f, -100, 1e30f});
+    CHECK(same_bits(y, {1, 0, 0.5f, 0.5f, 0x1.b4ep-145f, 1}),
+          name_of(isa) << ": " << y[0] << ' ' << y[1] << ' ' << y[2] << ' ' << y[3] << ' ' << std::hexfloat << y[4]);
+  }
+}
+
+template <class T>
+void test_all_16_bit_values() {
+  std::vector<T> x;
+  for (std::uint32_t bits = 0; bits < 65536; ++bits) x.push_back({static_cast<std::uint16_t>(bits)});
+  check_sigmoid(x, 0.501);
+  for (Isa isa : supported_isas()) {
+    set_active_isa(isa);
+    std::vector<T> copy(x.size());
+    activate(Activation::kIdentity, kDTypeOf<T>, static_cast<std::int64_t>(x.size()), x.data(), 1,
+             copy.data(), 1);
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const bool is_nan = std::isnan(widen(x[i]));
+      CHECK(is_nan ? std::isnan(widen(copy[i])) : copy[i].bits == x[i].bits,
+            name_of(isa) << ' ' << name_of(kDTypeOf<T>) << " bits " << x[i].bits << " became "
+                         << copy[i].bits);
+    }
+  }
+}
+
+/// The scalar conversions, against exact arithmetic in f64; the vectors' are compared with them in gemm.
+template <class T>
+void test_narrowing() {
+  for (std::uint64_t bits = 0; bits < std::uint64_t{1} << 32; bits += 4099) {
+    const float x = std::bit_cast<float>(static_cast<std::uint32_t>(bits));
+    const float rounded = widen(narrow<T>(x));
+    if (std::isnan(x)) {
+      CHECK(std::isnan(rounded), name_of(kDTypeOf<T>) << " of nan is " << rounded);
+      continue;
+    }
+    const double unit = spacing(kDTypeOf<T>, x);
+    const double exact = std::nearbyint(x / unit) * unit;  // ties to even
+    const double largest = kDTypeOf<T> == DType::kFloat16 ? 65504 : 0x1.fep127;
+    const double expected =
+        std::abs(exact) > largest ? std::copysign(std::numeric_limits<double>::infinity(), x) : exact;
+    CHECK(std::isinf(x) ? rounded == x : rounded == expected,
+          name_of(kDTypeOf<T>) << " of " << x << " is " << rounded);
+  }
+}
+
+/// Each of 2^12 products of two values of T, rounded by the epilogue.
+template <class T>
+void test_stores() {
+  const std::int64_t n = 64;
+  for (std::uint32_t seed = 0; seed < 20; ++seed) {
+    std::mt19937 engine(seed);
+    const auto any = [&] {
+      return std::vector<double>{widen(T{static_cast<std::uint16_t>(engine())})}[0];
+    };
+    std::vector<double> a, b;
+    for (std::int64_t i = 0; i < n; ++i) a.push_back(any()), b.push_back(any());
+    const Product product(
+        kDTypeOf<T>, n, n, 1, {}, [&](std::int64_t i, std::int64_t) { return a[i]; },
+        [&](std::int64_t, std::int64_t j) { return b[j]; }, integer);
+    for (Isa isa : supported_isas()) {
+      set_active_isa(isa);
+      const Product::Result result = product.compute(serial());
+      for (std::int64_t i = 0; i < n; ++i) {
+        for (std::int64_t j = 0; j < n; ++j) {
+          const float exact = static_cast<float>(a[i]) * static_cast<float>(b[j]);
+          const double expected = widen(narrow<T>(exact)), stored = product.d(result, i, j);
+          CHECK(stored == expected || (std::isnan(stored) && std::isnan(expected)),
+                product.name() << ": " << a[i] << " times " << b[j] << " gave " << stored);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void test_elementwise_views() {
+  constexpr DType kDType = kDTypeOf<T>;
+  using A = Accumulator<T>;
+  for (Isa isa : supported_isas()) {
+    set_active_isa(isa);
+    for (std::int64_t n : {0, 1, 5, 16, 31, 255, 256, 257, 600}) {
+      for (std::int64_t stride : {1, 3, -1, -2, 0}) {
+        const std::int64_t span = std::abs(stride) * std::max<std::int64_t>(0, n - 1);
+        const std::int64_t first = stride < 0 ? span : 0;
+        std::vector<T> x(span + 1), y(span + 1);
+        for (std::int64_t i = 0; i <= span; ++i) {
+          x[i] = narrow<T>(static_cast<A>(integer(i, n)));
+          y[i] = narrow<T>(static_cast<A>((integer(n, i) + 3) / 8));
+        }
+        for (std::int64_t out_stride : {1, 2, -3}) {
+          const std::int64_t out_span = std::abs(out_stride) * std::max<std::int64_t>(0, n - 1);
+          const std::int64_t out_first = out_stride < 0 ? out_span : 0;
+          const T poison = narrow<T>(static_cast<A>(-77));
+          std::vector<T> forward(out_span + 9, poison), backward(out_span + 9, poison);
+          activate(Activation::kSigmoid, kDType, n, x.data() + first, stride,
+                   forward.data() + out_first, out_stride);
+          activate_backward(Activation::kSigmoid, kDType, n, x.data() + first, stride,
+                            y.data() + first, stride, backward.data() + out_first, out_stride);
+          std::vector<T> expected_forward(out_span + 9, poison);
+          std::vector<T> expected_backward(out_span + 9, poison);
+          for (std::int64_t i = 0; i < n; ++i) {
+            const T x_i = x[first + i * stride], y_i = y[first + i * stride];
+            const A rest = 1 - widen(y_i);
+            expected_forward[out_first + i * out_stride] = sigmoid_of(std::vector<T>{x_i})[0];
+            expected_backward[out_first + i * out_stride] = narrow<T>(widen(x_i) * rest * widen(y_i));
+          }
+          CHECK(same_bits(forward, expected_forward),
+                name_of(isa) << ' ' << name_of(kDType) << " n " << n << " strides " << stride
+                             << ", " << out_stride);
+          CHECK(same_bits(backward, expected_backward),
+                name_of(isa) << ' ' << name_of(kDType) << " backward, n " << n << " strides "
+                             << stride << ", " << out_stride);
+        }
+        if (stride == 0) continue;
+        std::vector<T> in_place = x;
+        activate(Activation::kSigmoid, kDType, n, in_place.data() + first, stride,
+                 in_place.data() + first, stride);
+        for (std::int64_t i = 0; i < n; ++i) {
+          CHECK(same_bits(std::vector<T>{in_place[first + i * stride]},
+                          sigmoid_of(std::vector<T>{x[first + i * stride]})),
+                name_of(isa) << ' ' << name_of(kDType) << " in place, n " << n << " stride "
+                             << stride);
+        }
+      }
+    }
+  }
+}
+
+// ---- instruction sets -----------------------------------------------------------------------------
+
+bool throws_naming(const std::function<void()>& f, const std::string& what) {
+  try {
+    f();
+  } catch (const std::invalid_argument& error) {
+    return std::string(error.what()).find(what) != std::string::npos;
+  }
+  return false;
+}
+
+void test_isas(const std::string& program) {
+  CHECK(!supported_isas().empty() && supported_isas()[0] == Isa::kPortable, "portable is missing");
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    CHECK(parse_isa(name_of(isa)) == isa, name_of(isa));
+    const std::vector<Isa> supported = supported_isas();
+    const bool runs = std::find(supported.begin(), supported.end(), isa) != supported.end();
+    const std::string command =
+        "NEURON_EXT_CPU_ISA=" + std::string(name_of(isa)) + " '" + program + "' --active-isa";
+    CHECK((std::system((command + " | grep -qx " + name_of(isa)).c_str()) == 0) == runs, command);
+    if (runs) {
+      set_active_isa(isa);
+      CHECK(active_isa() == isa, name_of(isa));
+    } else {
+      CHECK(throws_naming([&] { set_active_isa(isa); }, name_of(isa)), name_of(isa));
+    }
+  }
+  CHECK(!parse_isa("AVX2") && !parse_isa(""), "parse_isa takes exact names");
+  const std::string command = "NEURON_EXT_CPU_ISA=nonsense '" + program + "' --active-isa";
+  CHECK(std::system((command + " | grep -q 'nonsense.*portable, avx2, avx512'").c_str()) == 0,
+        command);
+
+  for (const KernelInfo& kernel : kernels()) {
+    CHECK(!kernel.dtypes.empty(), kernel.name);
+    CHECK(kernel.name.find(name_of(kernel.isa)) != std::string::npos, kernel.name);
+  }
+  set_active_isa(Isa::kPortable);
+  Product(DType::kFloat32, 20, 20, 20, {}, integer, integer, integer).compute(serial());
+  CHECK(std::string(last_kernel()) == "gemm_f32_4x8_portable", last_kernel());
+}
+
+// ---- every f32 ------------------------------------------------------------------------------------
+
+int run_exhaustive_sigmoid() {
+  for (Isa isa : supported_isas()) {
+    set_active_isa(isa);
+    const int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    std::vector<double> worst(threads), where(threads);
+    std::vector<std::thread> workers;
+    for (int worker = 0; worker < threads; ++worker) {
+      workers.emplace_back([&, worker] {
+        constexpr std::uint64_t kPiece = 1 << 16;
+        std::vector<float> x(kPiece);
+        for (std::uint64_t begin = worker * kPiece; begin < std::uint64_t{1} << 32;
+             begin += threads * kPiece) {
+          for (std::uint64_t i = 0; i < kPiece; ++i) {
+            x[i] = std::bit_cast<float>(static_cast<std::uint32_t>(begin + i));
+          }
+          const std::vector<float> y = sigmoid_of(x);
+          for (std::uint64_t i = 0; i < kPiece; ++i) {
+            const double value = x[i];
+            if (std::isnan(value)) {
+              CHECK(std::isnan(y[i]), "sigmoid(nan) = " << y[i]);
+              continue;
+            }
+            const double e = std::exp(-std::abs(value));
+            const double exact = (value >= 0 ? 1 : e) / (1 + e);
+            const double error = std::abs(y[i] - exact) / spacing(DType::kFloat32, exact);
+            if (error > worst[worker]) worst[worker] = error, where[worker] = value;
+          }
+        }
+      });
+    }
+    for (std::thread& worker : workers) worker.join();
+    const auto largest = std::max_element(worst.begin(), worst.end());
+    std::cout << "sigmoid f32 " << name_of(isa) << ", all 2^32 values: largest error " << *largest
+              << " ULP at " << where[largest - worst.begin()] << '\n';
+    CHECK(*largest < 1, name_of(isa));
+  }
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string option = argc > 1 ? argv[1] : "";
+  if (option == "--active-isa") {
+    try {
+      std::cout << name_of(active_isa()) << '\n';
+    } catch (const std::invalid_argument& error) {
+      std::cout << error.what() << '\n';
+      return 1;
+    }
+    return 0;
+  }
+  if (option == "--exhaustive-sigmoid") return run_exhaustive_sigmoid();
+
+  std::cout << "running on";
+  for (Isa isa : supported_isas()) std::cout << ' ' << name_of(isa);
+  std::cout << '\n';
+  test_isas(argv[0]);
+  test_sigmoid();
+  test_all_16_bit_values<BFloat16>();
+  test_all_16_bit_values<Float16>();
+  test_narrowing<BFloat16>();
+  test_narrowing<Float16>();
+  test_stores<BFloat16>();
+  test_stores<Float16>();
+  test_elementwise_views<float>();
+  test_elementwise_views<double>();
+  test_elementwise_views<BFloat16>();
+  test_elementwise_views<Float16>();
+  test_exact_sums();
+  test_layer_products();
+  test_error_bounds();
+  test_fused_sigmoid();
+  test_isolation();
+  test_threads();
+  if (failures > 0) std::cerr << failures << " checks failed\n";
+  return failures == 0 ? 0 : 1;
+}
