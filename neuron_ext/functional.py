@@ -23,6 +23,8 @@ from neuron_ext import _C
 __all__ = ["decomposition_table", "linear", "linear_sigmoid", "mlp", "sigmoid"]
 
 _ops = torch.ops.neuron_ext
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -141,16 +143,18 @@ def decomposition_table() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
 
 def _through_torch(*tensors: Any) -> bool:
-    """Whether an argument is of a subclass that has its own idea of what torch's functions do.
+    """Whether an argument is of a class that has its own idea of what torch's functions do.
 
     Such a class (DTensor, jagged tensors, quantized weights, torch.fx proxies, a user's own) knows
     aten and torch.nn.functional, not this package. Fake and functional tensors, which torch.compile
-    and torch.export trace with, count as plain.
+    and torch.export trace with, count as plain. The class is asked, not torch.overrides, which says
+    yes to every tensor while a TorchFunctionMode is active.
     """
     return any(
-        type(t) not in (Tensor, torch.nn.Parameter)
-        and (hasattr(t, "__tensor_flatten__") or torch.overrides.has_torch_function((t,)))
-        for t in tensors
+        hasattr(cls, "__tensor_flatten__")
+        or getattr(cls, "__torch_function__", _NO_TORCH_FUNCTION) is not _NO_TORCH_FUNCTION
+        for cls in map(type, tensors)
+        if cls not in _PLAIN
     )
 
 
