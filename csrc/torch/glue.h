@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -33,6 +34,39 @@ inline ParallelFor at_parallel_for() {
                          [&](std::int64_t begin, std::int64_t end) { body(closure, begin, end); });
       },
       at::get_num_threads());
+}
+
+/// Which stage a call may go to at once, since all that the dispatcher would do is to pick it.
+enum class Shortcut : std::uint8_t { kNone, kAutograd, kCpu };
+
+/// Dense CPU tensors, and in this thread no mode, transform, autocast, tracer or profiler. `keys`
+/// are those of all tensors; `differentiable`: whether any of them requires a gradient or has a
+/// tangent.
+inline Shortcut shortcut(c10::DispatchKeySet keys, bool differentiable) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::AutogradCPU,
+                                        DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect});
+  const c10::impl::LocalDispatchKeySet tls = c10::impl::tls_local_dispatch_key_set();
+  const c10::DispatchKeySet active = (keys | tls.included_) - tls.excluded_;
+  if ((active | kPlain) != kPlain ||
+      at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value()) {
+    return Shortcut::kNone;
+  }
+  return differentiable && active.has(DispatchKey::AutogradCPU) ? Shortcut::kAutograd
+                                                                : Shortcut::kCpu;
+}
+
+template <class... Tensors>
+Shortcut shortcut_for(const Tensors&... tensors) {
+  c10::DispatchKeySet keys;
+  bool differentiable = false;
+  const auto look_at = [&](const at::Tensor& t) {
+    if (!t.defined()) return;
+    keys = keys | t.key_set();
+    differentiable = differentiable || needs_grad(t) || has_tangent(t);
+  };
+  (look_at(tensors), ...);
+  return shortcut(keys, differentiable);
 }
 
 template <class Signature>

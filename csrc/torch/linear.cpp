@@ -116,7 +116,7 @@ void check_layer_backward(const Tensor& grad_output, const Tensor& input, const 
 
 template <Activation f>
 Tensor layer_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias) {
-  const Tensor bias = value_or_undefined(optional_bias);
+  const Tensor& bias = value_or_undefined(optional_bias);
   if (!kernels_take(input, weight, bias)) return layer_aten<f>(input, weight, optional_bias);
   check_layer(op_name(f), input, weight, bias);
   const RowsView x = as_rows(input);
@@ -141,8 +141,8 @@ Gradients layer_backward_cpu(const Tensor& grad_output, const Tensor& input, con
     dx = empty_rows(grad_output, weight.size(1));
     dgrad(dy, y, weight, dx.mutable_data_ptr());
   }
-  if (mask[1]) dw = at::empty({out_features, input.size(-1)}, grad_output.options());
-  if (mask[2]) db = at::empty({out_features}, grad_output.options());
+  if (mask[1]) dw = empty_cpu({out_features, input.size(-1)}, grad_output.scalar_type());
+  if (mask[2]) db = empty_cpu({out_features}, grad_output.scalar_type());
   if (mask[1] || mask[2]) {
     wgrad(dy, y, mask[1] ? OptionalRows(as_rows(input)) : std::nullopt,
           mask[1] ? dw.mutable_data_ptr() : nullptr, mask[2] ? db.mutable_data_ptr() : nullptr,
@@ -156,7 +156,7 @@ Gradients layer_backward_cpu(const Tensor& grad_output, const Tensor& input, con
 
 template <Activation f>
 Tensor layer_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias) {
-  const Tensor bias = value_or_undefined(optional_bias);
+  const Tensor& bias = value_or_undefined(optional_bias);
   if (!kernels_take(input, weight, bias)) return layer_aten<f>(input, weight, optional_bias);
   check_layer(op_name(f), input, weight, bias);
   return empty_rows_symint(input, weight.sym_size(0));
@@ -191,8 +191,8 @@ class LayerBackwardFunction : public torch::autograd::Function<LayerBackwardFunc
                                const OptionalTensor& input, const OptionalTensor& weight,
                                const OptionalTensor& output, Mask mask) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Tensor x = value_or_undefined(input), w = value_or_undefined(weight);
-    const Tensor y = value_or_undefined(output);
+    const Tensor &x = value_or_undefined(input), &w = value_or_undefined(weight);
+    const Tensor& y = value_or_undefined(output);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({grad_output, x, w, y});
     ctx->saved_data["has_dx"] = mask[0];
@@ -282,7 +282,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction<f, has_bias
 template <Activation f>
 Tensor layer_autograd(const Tensor& input, const Tensor& weight,
                       const OptionalTensor& optional_bias) {
-  const Tensor bias = value_or_undefined(optional_bias);
+  const Tensor& bias = value_or_undefined(optional_bias);
   if (transform_is_active() || has_tangent(input) || has_tangent(weight) || has_tangent(bias) ||
       !kernels_take(input, weight, bias)) {
     return layer_aten<f>(input, weight, optional_bias);
@@ -403,12 +403,18 @@ void register_linear(torch::Library& library) {
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const Shortcut to = shortcut_for(input, weight, value_or_undefined(bias));
+  if (to == Shortcut::kAutograd) return layer_autograd<Activation::kIdentity>(input, weight, bias);
+  if (to == Shortcut::kCpu) return layer_cpu<Activation::kIdentity>(input, weight, bias);
   static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
       "neuron_ext::linear");
   return op.call(input, weight, bias);
 }
 
 Tensor linear_sigmoid(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const Shortcut to = shortcut_for(input, weight, value_or_undefined(bias));
+  if (to == Shortcut::kAutograd) return layer_autograd<Activation::kSigmoid>(input, weight, bias);
+  if (to == Shortcut::kCpu) return layer_cpu<Activation::kSigmoid>(input, weight, bias);
   static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
       "neuron_ext::linear_sigmoid");
   return op.call(input, weight, bias);
@@ -416,6 +422,12 @@ Tensor linear_sigmoid(const Tensor& input, const Tensor& weight, const OptionalT
 
 Gradients linear_backward(const Tensor& grad_output, const OptionalTensor& input,
                           const OptionalTensor& weight, Mask output_mask) {
+  const Tensor &x = value_or_undefined(input), &w = value_or_undefined(weight);
+  const Shortcut to = shortcut_for(grad_output, x, w);
+  if (to == Shortcut::kAutograd) {
+    return layer_backward_autograd<Activation::kIdentity>(grad_output, x, w, Tensor(), output_mask);
+  }
+  if (to == Shortcut::kCpu) return layer_backward_cpu(grad_output, x, w, Tensor(), output_mask);
   static const auto op =
       find_operator<Gradients(const Tensor&, const OptionalTensor&, const OptionalTensor&, Mask)>(
           "neuron_ext::linear_backward");
@@ -425,6 +437,12 @@ Gradients linear_backward(const Tensor& grad_output, const OptionalTensor& input
 Gradients linear_sigmoid_backward(const Tensor& grad_output, const OptionalTensor& input,
                                   const OptionalTensor& weight, const Tensor& output,
                                   Mask output_mask) {
+  const Tensor &x = value_or_undefined(input), &w = value_or_undefined(weight);
+  const Shortcut to = shortcut_for(grad_output, x, w, output);
+  if (to == Shortcut::kAutograd) {
+    return layer_backward_autograd<Activation::kSigmoid>(grad_output, x, w, output, output_mask);
+  }
+  if (to == Shortcut::kCpu) return layer_backward_cpu(grad_output, x, w, output, output_mask);
   static const auto op =
       find_operator<Gradients(const Tensor&, const OptionalTensor&, const OptionalTensor&,
                               const Tensor&, Mask)>("neuron_ext::linear_sigmoid_backward");

@@ -138,7 +138,7 @@ Tensor mlp_cpu(const Tensor& input, TensorList weights, const OptionalTensors& b
   const RowsView x = as_rows(input);
   std::int64_t widest = 0;
   for (size_t i = 0; i + 1 < weights.size(); ++i) widest = std::max(widest, weights[i].size(0));
-  Tensor buffers = at::empty({2, x.rows * widest}, input.options());
+  Tensor buffers = empty_cpu({2, x.rows * widest}, input.scalar_type());
   auto* data = static_cast<char*>(buffers.mutable_data_ptr());
   const std::int64_t bytes = x.rows * widest * buffers.element_size();
   return run_layers(input, weights, biases, output_activation, x,
@@ -155,7 +155,7 @@ OutputAndHidden mlp_forward_cpu(const Tensor& input, TensorList weights,
   const RowsView x = as_rows(input);
   std::int64_t width = 0;
   for (size_t i = 0; i + 1 < weights.size(); ++i) width += weights[i].size(0);
-  Tensor hidden = at::empty({x.rows * width}, input.options());
+  Tensor hidden = empty_cpu({x.rows * width}, input.scalar_type());
   auto* next = static_cast<char*>(hidden.mutable_data_ptr());
   Tensor output = run_layers(input, weights, biases, output_activation, x, [&](size_t layer) {
     return std::exchange(next, next + x.rows * weights[layer].size(0) * hidden.element_size());
@@ -208,13 +208,13 @@ std::vector<Tensor> mlp_backward_cpu(const Tensor& grad_output, const Tensor& in
   const RowsView x = as_rows(input);
   const Tensor dense_hidden = hidden.contiguous();
   const std::int64_t size = hidden.element_size();
-  const auto options = input.options();
+  const auto dtype = input.scalar_type();
   const auto wanted = [&](size_t i) { return mask.get(i); };
 
   // Gradients of hidden layers' outputs, in two buffers that take turns.
   std::int64_t widest = 0;
   for (size_t i = 1; i < depth; ++i) widest = std::max(widest, weights[i].size(1));
-  Tensor buffers = at::empty({2, x.rows * widest}, options);
+  Tensor buffers = empty_cpu({2, x.rows * widest}, dtype);
   auto* buffer = static_cast<char*>(buffers.mutable_data_ptr());
 
   std::vector<Tensor> grads(mask.size());
@@ -228,8 +228,8 @@ std::vector<Tensor> mlp_backward_cpu(const Tensor& grad_output, const Tensor& in
     if (i > 0) h_end -= x.rows * in_features * size;
     const RowsView h = i > 0 ? rows_at(h_end, x.rows, in_features) : x;
     Tensor &dw = grads[1 + i], &db = grads[1 + depth + i];
-    if (wanted(1 + i)) dw = at::empty({weight.size(0), in_features}, options);
-    if (wanted(1 + depth + i)) db = at::empty({weight.size(0)}, options);
+    if (wanted(1 + i)) dw = empty_cpu({weight.size(0), in_features}, dtype);
+    if (wanted(1 + depth + i)) db = empty_cpu({weight.size(0)}, dtype);
     if (dw.defined() || db.defined()) {
       wgrad(dy, y, h, dw.defined() ? dw.mutable_data_ptr() : nullptr,
             db.defined() ? db.mutable_data_ptr() : nullptr, dtype_of(input));
@@ -309,8 +309,46 @@ std::vector<Tensor> mlp_backward_meta(const Tensor& grad_output, const Tensor& i
 // ---- autograd
 // ------------------------------------------------------------------------------------------
 
+Tensor mlp_autograd(const Tensor& input, TensorList weights, const OptionalTensors& biases,
+                    Name output_activation);
+std::vector<Tensor> mlp_backward_autograd(const Tensor& grad_output, const Tensor& input,
+                                          TensorList weights, const OptionalTensors& biases,
+                                          const Tensor& output, const Tensor& hidden,
+                                          Name output_activation, const c10::List<bool>& mask);
+
+bool any_tangent(const Tensor& input, TensorList weights, const OptionalTensors& biases) {
+  bool any = has_tangent(input) || std::any_of(weights.begin(), weights.end(), has_tangent);
+  for (size_t i = 0; i < biases.size(); ++i) any |= has_tangent(bias_of(biases, i));
+  return any;
+}
+
+bool any_needs_grad(const Tensor& input, TensorList weights, const OptionalTensors& biases) {
+  bool any = needs_grad(input) || std::any_of(weights.begin(), weights.end(), needs_grad);
+  for (size_t i = 0; i < biases.size(); ++i) any |= needs_grad(bias_of(biases, i));
+  return any;
+}
+
+Shortcut shortcut_for_stack(const Tensor& input, TensorList weights, const OptionalTensors& biases,
+                            std::initializer_list<Tensor> others = {}) {
+  c10::DispatchKeySet keys = input.key_set();
+  bool differentiable =
+      any_needs_grad(input, weights, biases) || any_tangent(input, weights, biases);
+  for (const Tensor& weight : weights) keys = keys | weight.key_set();
+  for (size_t i = 0; i < biases.size(); ++i) {
+    if (const Tensor bias = bias_of(biases, i); bias.defined()) keys = keys | bias.key_set();
+  }
+  for (const Tensor& t : others) {
+    keys = keys | t.key_set();
+    differentiable = differentiable || needs_grad(t) || has_tangent(t);
+  }
+  return shortcut(keys, differentiable);
+}
+
 Tensor call_mlp(const Tensor& input, TensorList weights, const OptionalTensors& biases,
                 const Name& output_activation) {
+  const Shortcut to = shortcut_for_stack(input, weights, biases);
+  if (to == Shortcut::kAutograd) return mlp_autograd(input, weights, biases, output_activation);
+  if (to == Shortcut::kCpu) return mlp_cpu(input, weights, biases, output_activation);
   static const auto op =
       find_operator<Tensor(const Tensor&, TensorList, const OptionalTensors&, Name)>(
           "neuron_ext::mlp");
@@ -461,18 +499,6 @@ class MlpFunction : public torch::autograd::Function<MlpFunction> {
     return result;
   }
 };
-
-bool any_tangent(const Tensor& input, TensorList weights, const OptionalTensors& biases) {
-  bool any = has_tangent(input) || std::any_of(weights.begin(), weights.end(), has_tangent);
-  for (size_t i = 0; i < biases.size(); ++i) any |= has_tangent(bias_of(biases, i));
-  return any;
-}
-
-bool any_needs_grad(const Tensor& input, TensorList weights, const OptionalTensors& biases) {
-  bool any = needs_grad(input) || std::any_of(weights.begin(), weights.end(), needs_grad);
-  for (size_t i = 0; i < biases.size(); ++i) any |= needs_grad(bias_of(biases, i));
-  return any;
-}
 
 Tensor mlp_autograd(const Tensor& input, TensorList weights, const OptionalTensors& biases,
                     Name output_activation) {

@@ -221,11 +221,17 @@ void register_sigmoid(torch::Library& library) {
 }
 
 Tensor sigmoid(const Tensor& input) {
+  const Shortcut to = shortcut_for(input);
+  if (to == Shortcut::kAutograd) return sigmoid_autograd(input);
+  if (to == Shortcut::kCpu) return sigmoid_cpu(input);
   static const auto op = find_operator<Tensor(const Tensor&)>("neuron_ext::sigmoid");
   return op.call(input);
 }
 
 Tensor sigmoid_backward(const Tensor& grad_output, const Tensor& output) {
+  const Shortcut to = shortcut_for(grad_output, output);
+  if (to == Shortcut::kAutograd) return sigmoid_backward_autograd(grad_output, output);
+  if (to == Shortcut::kCpu) return sigmoid_backward_cpu(grad_output, output);
   static const auto op =
       find_operator<Tensor(const Tensor&, const Tensor&)>("neuron_ext::sigmoid_backward");
   return op.call(grad_output, output);

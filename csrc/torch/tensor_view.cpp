@@ -1,5 +1,6 @@
 #include "tensor_view.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/SymBool.h>
 
@@ -111,10 +112,14 @@ RowsView as_rows(const at::Tensor& t) {
   return view;
 }
 
+at::Tensor empty_cpu(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::Tensor(at::detail::empty_cpu(sizes, dtype));
+}
+
 at::Tensor empty_rows(const at::Tensor& input, std::int64_t features) {
   at::DimVector sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = features;
-  return at::empty(sizes, input.options());
+  return empty_cpu(sizes, input.scalar_type());
 }
 
 at::Tensor empty_rows_symint(const at::Tensor& input, const c10::SymInt& features) {

@@ -36,8 +36,9 @@ inline bool goes_with(const at::Tensor& first, const at::Tensor& t) {
 }
 
 /// Undefined for both kinds of nothing, so that callers ask one question.
-inline at::Tensor value_or_undefined(const std::optional<at::Tensor>& t) {
-  return t.has_value() ? *t : at::Tensor();
+inline const at::Tensor& value_or_undefined(const std::optional<at::Tensor>& t) {
+  static const at::Tensor undefined;
+  return t.has_value() ? *t : undefined;
 }
 
 DType dtype_of(const at::Tensor& t);
@@ -105,7 +106,11 @@ struct RowsView {
 
 RowsView as_rows(const at::Tensor& t);
 
-/// (sizes of input but the last, features), contiguous.
+/// An uninitialised, contiguous CPU tensor of a kernel's dtype. Not at::empty, which passes the
+/// dispatcher.
+at::Tensor empty_cpu(at::IntArrayRef sizes, at::ScalarType dtype);
+
+/// (sizes of input but the last, features), contiguous: on the CPU, or wherever input is.
 at::Tensor empty_rows(const at::Tensor& input, std::int64_t features);
 at::Tensor empty_rows_symint(const at::Tensor& input, const c10::SymInt& features);
 
