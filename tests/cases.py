@@ -7,10 +7,11 @@ the composition of the bounds of its products and sigmoids.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_T = TypeVar("_T")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -83,16 +85,25 @@ def integers(*size: int, dtype: torch.dtype, largest: int = 2) -> Tensor:
     return torch.randint(-largest, largest + 1, size).to(dtype)
 
 
+def normal(*size: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(size, dtype=torch.float64).to(dtype)
+
+
 def layer_inputs(
     shape: Shape, dtype: torch.dtype, bias: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Normal input, weight scaled so that sums stay near 1, and bias."""
     lead, in_features, out_features = shape
-    x = torch.randn(*lead, in_features, dtype=torch.float64).to(dtype)
-    scale = max(in_features, 1) ** -0.5
-    w = (scale * torch.randn(out_features, in_features, dtype=torch.float64)).to(dtype)
-    b = torch.randn(out_features, dtype=torch.float64).to(dtype) if bias else None
+    x = normal(*lead, in_features, dtype=dtype)
+    w = max(in_features, 1) ** -0.5 * normal(out_features, in_features, dtype=dtype)
+    b = normal(out_features, dtype=dtype) if bias else None
     return x, w, b
+
+
+def sample(choices: Iterable[_T], count: int) -> list[_T]:
+    """So many of them, others in each run."""
+    every = list(choices)
+    return [every[i] for i in torch.randperm(len(every))[:count].tolist()]
 
 
 def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -284,10 +295,80 @@ def ulps(actual: Tensor, expected: Array) -> Array:
 
 
 def assert_same(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """The same dtype, shape and bits; any nan is like any other."""
+    """The same dtype, shape and values; nan is equal to nan, and zeros of either sign are."""
     torch.testing.assert_close(
         actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}"
     )
-    if actual.is_floating_point():
-        signs, expected_signs = (torch.signbit(t) & ~t.isnan() for t in (actual, expected))
-        assert torch.equal(signs, expected_signs), f"{what}: zeros of different sign"
+
+
+# ---- the same outcome: a result or an error
+
+Outcome = Tensor | Sequence[Tensor] | Exception
+
+
+def outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
+    """What it returns, or the exception it raises."""
+    try:
+        result: Outcome = function(*args, **kwargs)
+        return result
+    except Exception as error:
+        return error
+
+
+def assert_same_outcome(
+    actual: Outcome, expected: Outcome, what: str = "", rtol: float = 1e-5
+) -> None:
+    """Errors of the same type, or tensors that agree in everything but the last rounding."""
+    if isinstance(expected, Exception) or isinstance(actual, Exception):
+        assert type(actual) is type(expected), f"{what}: {actual!r}, torch {expected!r}"
+        return
+    if not isinstance(expected, Tensor):
+        assert not isinstance(actual, Tensor)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_outcome(a, e, what, rtol)
+        return
+    assert type(actual) is type(expected), f"{what}: {type(actual)}, torch {type(expected)}"
+    assert actual.layout == expected.layout, what
+    assert actual.requires_grad == expected.requires_grad, what
+    torch.testing.assert_close(
+        actual, expected, rtol=rtol, atol=rtol, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
+    if expected.layout == torch.strided and not expected.is_nested:
+        assert actual.stride() == expected.stride(), f"{what}: strides"
+
+
+# ---- layers in exact arithmetic
+
+
+def layer(
+    arithmetic: Arithmetic, x: Approx, weight: Approx, bias: Approx | None, sigmoid: bool
+) -> Approx:
+    """y = f(x Wᵀ + b)."""
+    z = arithmetic.product(x, weight.T, bias)
+    return arithmetic.stored(arithmetic.sigmoid(z) if sigmoid else z)
+
+
+def layer_backward(
+    arithmetic: Arithmetic, dy: Approx, x: Approx, weight: Approx, y: Approx | None
+) -> tuple[Approx, Approx, Approx]:
+    """dx, dW and db; `y` for a layer that ends in a sigmoid."""
+    dz = dy if y is None else arithmetic.sigmoid_backward(dy, y)
+    return (
+        arithmetic.stored(arithmetic.product(dz, weight)),
+        arithmetic.stored(arithmetic.product(dz.rows().T, x.rows())),
+        arithmetic.stored(arithmetic.column_sum(dz.rows())),
+    )
+
+
+@contextlib.contextmanager
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """So that an element of an output that nobody writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(before)
