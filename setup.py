@@ -50,6 +50,13 @@ def torch_extension():
         sys.exit(f"neuron_ext: {error}")
 
     class BuildNeuronExt(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            if self.editable_mode:
+                # setuptools compiles in a new folder each time; here only what changed is compiled.
+                kind = f"{self.plat_name}-{sys.implementation.cache_tag}"
+                self.build_temp = os.path.join("build", f"temp.{kind}")
+
         def run(self):
             jobs = os.environ.setdefault("MAX_JOBS", str(default_jobs()))
             say(f"building against torch {torch.__version__} in {Path(torch.__file__).parent}")
