@@ -24,6 +24,9 @@ struct Blocking {
 
 Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc, int max_threads);
 
+/// Whether a narrow product is one of few columns, so that A and B change places.
+bool has_few_columns(const GemmDesc& desc);
+
 /// How many threads a product is worth.
 std::int64_t threads_for(std::int64_t m, std::int64_t n, std::int64_t k, int max_threads);
 

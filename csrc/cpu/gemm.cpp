@@ -210,12 +210,11 @@ class BlockedProduct {
     do {  // once at least: without any k, D is the epilogue of zeros
       const std::int64_t kc = std::min(cut_.kc, last - pc);
       for (std::int64_t jr = 0; jr < place.columns; jr += kernel_.nr) {
-        functions_.pack_b(b_, place.j + jr, std::min(kernel_.nr, place.columns - jr), pc, kc,
-                          b_block + jr * kc);
+        functions_.pack_b(b_, place.j + jr, desc_.n - (place.j + jr), pc, kc, b_block + jr * kc);
       }
       for (std::int64_t ir = 0; ir < place.rows; ir += kernel_.mr) {
         const std::int64_t rows = std::min(kernel_.mr, place.rows - ir);
-        functions_.pack_a(a_, place.i + ir, rows, pc, kc, a_panel);
+        functions_.pack_a(a_, place.i + ir, desc_.m - (place.i + ir), pc, kc, a_panel);
         if (place.sums_a) kernel_.sum_panel(kc, a_panel, a_sums + ir);
         for (std::int64_t jr = 0; jr < place.columns; jr += kernel_.nr) {
           const std::int64_t columns = std::min(kernel_.nr, place.columns - jr);
@@ -268,35 +267,54 @@ class BlockedProduct {
   const Operand a_, b_;
 };
 
-// ---- the driver for few rows --------------------------------------------------------------------------------
+// ---- the driver for narrow products -------------------------------------------------------------------------
 
-/// A's rows are widened once, by the caller's thread; then each strip of D's columns is a task.
+/// The few rows (or columns) are widened once, by the caller's thread; then each strip of D's many columns (or
+/// rows) is a task.
 template <class S>
-void multiply_few_rows(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
-                       const ParallelFor& parallel_for) {
+void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+                     const ParallelFor& parallel_for) {
   const GemmFunctions& functions = kernel.of(desc.dtype);
+  const bool exchanged = has_few_columns(desc);
   const Operand a = operand_a(desc, at), b = operand_b(desc, at);
+  const Operand &few = exchanged ? b : a, &many = exchanged ? a : b;
+  const std::int64_t few_count = exchanged ? desc.n : desc.m;
+  const std::int64_t many_count = exchanged ? desc.m : desc.n;
   const std::int64_t row_stride = round_up(desc.k, kernel.lanes);
-  with_buffer<S>(shared_buffer, desc.m * row_stride, [&](S* rows) {
-    for (std::int64_t i = 0; i < desc.m; ++i) {
-      functions.widen_row(a, i, desc.k, rows + i * row_stride);
+  const std::int64_t strips = divide_up(many_count, kernel.nr);
+  const std::int64_t threads = threads_for(desc.m, desc.n, desc.k, parallel_for.max_threads());
+
+  with_buffer<S>(shared_buffer, few_count * row_stride, [&](S* rows) {
+    for (std::int64_t i = 0; i < few_count; ++i) {
+      functions.widen_row(few, i, desc.k, rows + i * row_stride);
       if (!desc.has_a_sum) continue;
       S sum;
       kernel.sum_row(desc.k, rows + i * row_stride, &sum);
       functions.narrow_row(1, &sum, offset(at.a_sum, desc.dtype, i));
     }
-    const std::int64_t strips = divide_up(desc.n, kernel.nr);
-    const std::int64_t threads =
-        threads_for(desc.m, desc.n, desc.k, parallel_for.max_threads());
     parallel_for(strips, divide_up(strips, threads), [&](std::int64_t begin, std::int64_t end) {
-      with_buffer<S>(task_buffer, (desc.m + 1) * kernel.nr, [&](S* tile) {
+      // The tile, the same exchanged, the bias; all read up to a whole vector.
+      const std::int64_t tile_size = few_count * kernel.nr + kernel.lanes;
+      with_buffer<S>(task_buffer, 2 * tile_size + kernel.nr, [&](S* tile) {
+        S* const transposed = tile + tile_size;
+        S* const bias = transposed + tile_size;
         for (std::int64_t strip = begin; strip < end; ++strip) {
-          const std::int64_t j = strip * kernel.nr;
-          const std::int64_t columns = std::min(kernel.nr, desc.n - j);
-          const Epilogue<S> epilogue(kernel, desc, at, j, columns, tile + desc.m * kernel.nr);
-          functions.multiply_few_rows(desc.m, desc.k, rows, row_stride, b, j, columns, tile,
-                                      kernel.nr);
-          epilogue.store(0, desc.m, j, columns, tile, kernel.nr);
+          const std::int64_t first = strip * kernel.nr;
+          const std::int64_t count = std::min(kernel.nr, many_count - first);
+          functions.multiply_narrow(few_count, desc.k, rows, row_stride, many, first, count, tile,
+                                    kernel.nr);
+          if (exchanged) {
+            for (std::int64_t i = 0; i < count; ++i) {
+              for (std::int64_t j = 0; j < few_count; ++j) {
+                transposed[i * few_count + j] = tile[j * kernel.nr + i];
+              }
+            }
+            Epilogue<S>(kernel, desc, at, 0, few_count, bias)
+                .store(first, count, 0, few_count, transposed, few_count);
+          } else {
+            Epilogue<S>(kernel, desc, at, first, count, bias)
+                .store(0, few_count, first, count, tile, kernel.nr);
+          }
         }
       });
     });
@@ -316,13 +334,13 @@ void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPoint
   }
 }
 
-void run_few_rows(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+void run_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                   const ParallelFor& parallel_for) {
   log_choice(kernel, desc, nullptr);
   if (desc.dtype == DType::kFloat64) {
-    multiply_few_rows<double>(kernel, desc, at, parallel_for);
+    multiply_narrow<double>(kernel, desc, at, parallel_for);
   } else {
-    multiply_few_rows<float>(kernel, desc, at, parallel_for);
+    multiply_narrow<float>(kernel, desc, at, parallel_for);
   }
 }
 

@@ -59,8 +59,8 @@ struct VectorF64 {
 
 constexpr Isa kIsa = Isa::kAvx2;
 constexpr GemmKernel kGemm[] = {
-    few_rows_kernel<VectorF32>("gemm_few_rows_f32_avx2", kIsa),
-    few_rows_kernel<VectorF64>("gemm_few_rows_f64_avx2", kIsa),
+    narrow_kernel<VectorF32>("gemm_narrow_f32_avx2", kIsa),
+    narrow_kernel<VectorF64>("gemm_narrow_f64_avx2", kIsa),
     blocked_kernel<VectorF32, 6>("gemm_f32_6x16_avx2", kIsa),
     blocked_kernel<VectorF64, 6>("gemm_f64_6x8_avx2", kIsa),
 };

@@ -77,8 +77,8 @@ struct VectorF64 {
 
 constexpr Isa kIsa = Isa::kAvx512;
 constexpr GemmKernel kGemm[] = {
-    few_rows_kernel<VectorF32>("gemm_few_rows_f32_avx512", kIsa),
-    few_rows_kernel<VectorF64>("gemm_few_rows_f64_avx512", kIsa),
+    narrow_kernel<VectorF32>("gemm_narrow_f32_avx512", kIsa),
+    narrow_kernel<VectorF64>("gemm_narrow_f64_avx512", kIsa),
     blocked_kernel<VectorF32, 14>("gemm_f32_14x32_avx512", kIsa),
     blocked_kernel<VectorF64, 14>("gemm_f64_14x16_avx512", kIsa),
 };

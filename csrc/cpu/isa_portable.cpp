@@ -58,8 +58,8 @@ using VectorF64 = Vector<double>;
 
 constexpr Isa kIsa = Isa::kPortable;
 constexpr GemmKernel kGemm[] = {
-    few_rows_kernel<VectorF32>("gemm_few_rows_f32_portable", kIsa),
-    few_rows_kernel<VectorF64>("gemm_few_rows_f64_portable", kIsa),
+    narrow_kernel<VectorF32>("gemm_narrow_f32_portable", kIsa),
+    narrow_kernel<VectorF64>("gemm_narrow_f64_portable", kIsa),
     blocked_kernel<VectorF32, 4>("gemm_f32_4x8_portable", kIsa),
     blocked_kernel<VectorF64, 4>("gemm_f64_4x4_portable", kIsa),
 };

@@ -8,7 +8,7 @@
 #include "pack-inl.h"
 #include "microkernel-inl.h"
 #include "epilogue-inl.h"
-#include "few_rows-inl.h"
+#include "narrow-inl.h"
 // clang-format on
 
 namespace neuron_ext::cpu {
@@ -23,18 +23,18 @@ consteval GemmFunctions blocked_functions() {
   return {.pack_a = pack_panel<V, T, kMr>,
           .pack_b = pack_panel<V, T, kNr>,
           .widen_row = nullptr,
-          .multiply_few_rows = nullptr,
+          .multiply_narrow = nullptr,
           .widen_bias = widen_bias<V, T>,
           .epilogue = epilogue<V, T>,
           .narrow_row = narrow_row<V, T>};
 }
 
 template <class V, class T>
-consteval GemmFunctions few_rows_functions() {
+consteval GemmFunctions narrow_functions() {
   return {.pack_a = nullptr,
           .pack_b = nullptr,
           .widen_row = widen_row<V, T>,
-          .multiply_few_rows = multiply_few_rows<V, T>,
+          .multiply_narrow = multiply_narrow<V, T>,
           .widen_bias = widen_bias<V, T>,
           .epilogue = epilogue<V, T>,
           .narrow_row = narrow_row<V, T>};
@@ -72,11 +72,11 @@ consteval GemmKernel blocked_kernel(const char* name, Isa isa) {
 }
 
 template <class V>
-consteval GemmKernel few_rows_kernel(const char* name, Isa isa) {
+consteval GemmKernel narrow_kernel(const char* name, Isa isa) {
   return {.name = name,
           .isa = isa,
-          .accepts = has_few_rows,
-          .run = run_few_rows,
+          .accepts = is_narrow,
+          .run = run_narrow,
           .lanes = V::kLanes,
           .mr = 1,
           .nr = 4 * V::kLanes,
@@ -84,7 +84,7 @@ consteval GemmKernel few_rows_kernel(const char* name, Isa isa) {
           .microkernel = nullptr,
           .sum_panel = nullptr,
           .sum_row = sum_row<V>,
-          .functions = by_dtype<V>([]<class T> { return few_rows_functions<V, T>(); })};
+          .functions = by_dtype<V>([]<class T> { return narrow_functions<V, T>(); })};
 }
 
 template <class F32, class F64>

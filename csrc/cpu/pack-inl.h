@@ -4,6 +4,10 @@
 namespace neuron_ext::cpu {
 namespace {
 
+// How far ahead along k a row is prefetched: rows are too many for the hardware's streams. Measured: 5 % of a
+// 1024 cubed product.
+constexpr std::int64_t kPrefetch = 64;
+
 /// An operand as it is stored. "mn" is the index that survives the product (rows of A, columns of B).
 template <class V, class T>
 struct PlainSource {
@@ -16,6 +20,9 @@ struct PlainSource {
         stride_k(operand.stride_k) {}
 
   bool unit_k() const { return stride_k == 1; }
+  void prefetch(std::int64_t mn, std::int64_t k) const {
+    __builtin_prefetch(base + mn * stride_mn + k * stride_k);
+  }
   Reg<V> along_mn(std::int64_t mn, std::int64_t k, std::int64_t count) const {
     return load<V>(base + mn * stride_mn + k * stride_k, stride_mn, count);
   }
@@ -33,6 +40,10 @@ struct GradientSource {
       : dy(operand), saved({operand.saved, operand.saved_stride_mn, operand.saved_stride_k}) {}
 
   bool unit_k() const { return saved.unit_k(); }
+  void prefetch(std::int64_t mn, std::int64_t k) const {
+    dy.prefetch(mn, k);
+    saved.prefetch(mn, k);
+  }
   Reg<V> along_mn(std::int64_t mn, std::int64_t k, std::int64_t count) const {
     return F::template gradient<V>(dy.along_mn(mn, k, count), saved.along_mn(mn, k, count));
   }
@@ -52,7 +63,33 @@ void visit_source(const Operand& operand, const F& f) {
   });
 }
 
-/// panel[k][mn], kWidth values of mn to a k, from `count` <= kWidth of them; the rest is never used.
+/// A square of kLanes along mn and k, transposed in registers.
+template <class V, int kWidth, class Source>
+[[gnu::always_inline]] inline void pack_square(const Source& source, std::int64_t mn,
+                                               std::int64_t k, Scalar<V>* panel) {
+  Reg<V> square[V::kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < V::kLanes; ++i) {
+    source.prefetch(mn + i, k + kPrefetch);
+    square[i] = source.along_k(mn + i, k, V::kLanes);
+  }
+  transpose<V>(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < V::kLanes; ++i) store<V>(panel + i * kWidth, square[i]);
+}
+
+/// The same for fewer rows or k.
+template <class V, int kWidth, class Source>
+[[gnu::noinline]] void pack_ragged_square(const Source& source, std::int64_t mn, std::int64_t rows,
+                                          std::int64_t k, std::int64_t depth, Scalar<V>* panel) {
+  Reg<V> square[V::kLanes] = {};
+  for (std::int64_t i = 0; i < rows; ++i) square[i] = source.along_k(mn + i, k, depth);
+  transpose<V>(square);
+  for (std::int64_t i = 0; i < depth; ++i) store<V>(panel + i * kWidth, square[i]);
+}
+
+/// panel[k][mn], kWidth values of mn to a k. The operand has `count` from mn on: if they are fewer than kWidth,
+/// the rest of the panel is never used; if they are more, they may be read.
 ///
 /// Vectors are stored whole. Where kWidth isn't a multiple of the lanes, the last vector of a k runs into the
 /// next k's place, which is written afterwards (hence the descending loop), and in the end up to
@@ -67,24 +104,22 @@ void pack_source(const Source& source, std::int64_t mn, std::int64_t count, std:
     for (std::int64_t p = 0; p < kc; p += kLanes) {
       const std::int64_t depth = lanes_of(kc - p);
       for (int slice = kSlices - 1; slice >= 0; --slice) {
-        Reg<V> square[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const int row = slice * kLanes + i;
-          square[i] = row < count ? source.along_k(mn + row, k + p, depth) : Reg<V>{};
-        }
-        transpose<V>(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          if (i < depth) store<V>(panel + (p + i) * kWidth + slice * kLanes, square[i]);
+        const int first = slice * kLanes;
+        if (first >= count) continue;
+        const std::int64_t rows = lanes_of(count - first);
+        Scalar<V>* const place = panel + p * kWidth + first;
+        if (rows == kLanes && depth == kLanes) {
+          pack_square<V, kWidth>(source, mn + first, k + p, place);
+        } else {
+          pack_ragged_square<V, kWidth>(source, mn + first, rows, k + p, depth, place);
         }
       }
     }
   } else {
     for (std::int64_t p = 0; p < kc; ++p) {
-      for (int slice = 0; slice < kSlices && slice * kLanes < count; ++slice) {
-        store<V>(panel + p * kWidth + slice * kLanes,
-                 source.along_mn(mn + slice * kLanes, k + p, lanes_of(count - slice * kLanes)));
+      for (int first = 0; first < kWidth && first < count; first += kLanes) {
+        store<V>(panel + p * kWidth + first,
+                 source.along_mn(mn + first, k + p, lanes_of(count - first)));
       }
     }
   }

@@ -29,10 +29,10 @@ struct GemmFunctions {
   void (*pack_b)(const Operand& b, std::int64_t j, std::int64_t count, std::int64_t k,
                  std::int64_t kc, void* panel);
   void (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row);
-  // few_rows-inl.h
-  void (*multiply_few_rows)(std::int64_t m, std::int64_t k, const void* rows,
-                            std::int64_t row_stride, const Operand& b, std::int64_t column,
-                            std::int64_t columns, void* tile, std::int64_t tile_stride);
+  // narrow-inl.h
+  void (*multiply_narrow)(std::int64_t m, std::int64_t k, const void* rows,
+                          std::int64_t row_stride, const Operand& b, std::int64_t column,
+                          std::int64_t columns, void* tile, std::int64_t tile_stride);
   // epilogue-inl.h
   void (*widen_bias)(const void* bias, std::int64_t stride, std::int64_t n, void* row);
   void (*epilogue)(Activation activation, std::int64_t rows, std::int64_t columns, const void* tile,
@@ -80,11 +80,11 @@ struct IsaKernels {
 };
 
 /// The drivers in gemm.cpp, and what their rows accept.
-void run_few_rows(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+void run_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                   const ParallelFor& parallel_for);
 void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                  const ParallelFor& parallel_for);
-bool has_few_rows(const GemmDesc& desc);
+bool is_narrow(const GemmDesc& desc);
 bool is_any(const GemmDesc& desc);
 
 IsaKernels portable_kernels();

@@ -44,7 +44,7 @@ struct ExpConstants<double> {
 /// step depends on the sign of x, and the factor 2^n, kept 2^kHeadroom too large until the end so that it is
 /// always a normal number, makes a subnormal result by a single rounding.
 template <class V>
-Reg<V> sigmoid(Reg<V> x) {
+[[gnu::always_inline]] inline Reg<V> sigmoid(Reg<V> x) {
   using C = ExpConstants<Scalar<V>>;
   const Reg<V> one = V::set1(1);
 
@@ -73,9 +73,9 @@ Reg<V> sigmoid(Reg<V> x) {
   const Reg<V> d = d1 + bend;
   const Reg<V> d_low = ((d1 - d) + bend) + (d1_low + (d0_low - r_low));
 
-  const Reg<V> quotient = one / d;
-  const Reg<V> residual = V::fma(-quotient, d_low, V::fma(-quotient, d, one));
-  return V::fma(quotient, residual, quotient) * scale * V::set1(C::kHeadroomScale);
+  const Reg<V> negated = V::set1(-1) / d;
+  const Reg<V> residual = V::fma(negated, d_low, V::fma(negated, d, one));
+  return V::fma(negated, residual, negated) * scale * V::set1(-C::kHeadroomScale);
 }
 
 struct Identity {

@@ -57,8 +57,9 @@ Reg<V> load(const Float16* p) {
   return V::widen(h);
 }
 
+// Not inlined: it's the slow way out of many places.
 template <class V, class T>
-Reg<V> load_strided(const T* p, std::int64_t stride, std::int64_t count) {
+[[gnu::noinline]] Reg<V> load_strided(const T* p, std::int64_t stride, std::int64_t count) {
   if (stride == 0 && count == V::kLanes) return V::set1(widen(*p));
   Scalar<V> lanes[V::kLanes] = {};
   for (std::int64_t i = 0; i < count; ++i) lanes[i] = widen(p[i * stride]);
@@ -132,36 +133,103 @@ Reg<V> shuffle(Reg<V> a, Reg<V> b, Index index, std::integer_sequence<int, kLane
 template <class V>
 using AllLanes = std::make_integer_sequence<int, V::kLanes>;
 
-/// The sum of all lanes, always added in the same order.
-template <class V, int kHalf = V::kLanes / 2>
-Scalar<V> sum_lanes(Reg<V> x) {
-  if constexpr (kHalf == 0) {
-    return x[0];
-  } else {
-    constexpr auto kUpper = [](int lane) constexpr { return (lane + kHalf) % V::kLanes; };
-    return sum_lanes<V, kHalf / 2>(x + shuffle<V>(x, x, kUpper, AllLanes<V>{}));
+/// How many lanes 16 bytes hold: x86 shuffles within them in one step.
+template <class V>
+constexpr int kQuadLanes = 16 / sizeof(Scalar<V>);
+
+/// For each two rows kDistance apart, puts what `low` and `high` pick of them in their places.
+template <class V, int kDistance, class Low, class High>
+[[gnu::always_inline]] inline void exchange(Reg<V> (&row)[V::kLanes], Low low, High high) {
+#pragma GCC unroll 16
+  for (int i = 0; i < V::kLanes; ++i) {
+    if (i & kDistance) continue;
+    const Reg<V> a = row[i], b = row[i + kDistance];
+    row[i] = shuffle<V>(a, b, low, AllLanes<V>{});
+    row[i + kDistance] = shuffle<V>(a, b, high, AllLanes<V>{});
   }
 }
 
-/// Transposes a square of kLanes x kLanes by exchanging off-diagonal blocks of 1, 2, 4, ... lanes.
-template <class V, int kBlock = 1>
-void transpose(Reg<V> (&row)[V::kLanes]) {
-  if constexpr (kBlock < V::kLanes) {
-    constexpr auto kLower = [](int lane) constexpr {
-      return lane & kBlock ? V::kLanes + lane - kBlock : lane;
-    };
-    constexpr auto kUpper = [](int lane) constexpr {
-      return lane & kBlock ? V::kLanes + lane : lane + kBlock;
-    };
-#pragma GCC unroll 16
-    for (int i = 0; i < V::kLanes; ++i) {
-      if (i & kBlock) continue;
-      const Reg<V> a = row[i], b = row[i + kBlock];
-      row[i] = shuffle<V>(a, b, kLower, AllLanes<V>{});
-      row[i + kBlock] = shuffle<V>(a, b, kUpper, AllLanes<V>{});
-    }
-    transpose<V, 2 * kBlock>(row);
+/// Within each 16 bytes: the low (or high) halves of two vectors, groups of kGroup lanes from either in turn.
+template <class V, int kGroup, bool kHigh>
+constexpr auto kInterleave = [](int lane) constexpr {
+  constexpr int kQuad = kQuadLanes<V>;
+  const int within = lane % kQuad, group = within / kGroup;
+  return group % 2 * V::kLanes + lane - within + group / 2 * kGroup + within % kGroup +
+         (kHigh ? kQuad / 2 : 0);
+};
+
+template <class V, int kGroup>
+[[gnu::always_inline]] inline void in_lane_stages(Reg<V> (&row)[V::kLanes]) {
+  if constexpr (kGroup < kQuadLanes<V>) {
+    exchange<V, kGroup>(row, kInterleave<V, kGroup, false>, kInterleave<V, kGroup, true>);
+    in_lane_stages<V, 2 * kGroup>(row);
   }
+}
+
+/// Every other 16 bytes of one row, then of the other.
+template <class V, int kDistance>
+[[gnu::always_inline]] inline void block_stages(Reg<V> (&row)[V::kLanes]) {
+  constexpr int kQuad = kQuadLanes<V>;
+  if constexpr (kDistance < V::kLanes) {
+    constexpr auto kEven = [](int lane) constexpr {
+      return lane / kQuad * 2 * kQuad + lane % kQuad;
+    };
+    exchange<V, kDistance>(row, kEven, [=](int lane) constexpr { return kEven(lane) + kQuad; });
+    block_stages<V, 2 * kDistance>(row);
+  }
+}
+
+/// Transposes a square of kLanes x kLanes: interleaving within 16 bytes, then picking every other 16 bytes.
+template <class V>
+[[gnu::always_inline]] inline void transpose(Reg<V> (&row)[V::kLanes]) {
+  constexpr int kLanes = V::kLanes, kQuad = kQuadLanes<V>;
+  in_lane_stages<V, 1>(row);
+  block_stages<V, kQuad>(row);
+  // Interleaving left rows 1 and 2 of each four exchanged.
+  if constexpr (kQuad == 4) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i += kQuad) {
+      const Reg<V> swapped = row[i + 1];
+      row[i + 1] = row[i + 2];
+      row[i + 2] = swapped;
+    }
+  }
+}
+
+/// Adds up what the two halves of x hold, then of each half, until every 16 bytes hold the same sums.
+template <class V, int kDistance = V::kLanes / 2>
+[[gnu::always_inline]] inline Reg<V> sum_blocks(Reg<V> x) {
+  if constexpr (kDistance < kQuadLanes<V>) {
+    return x;
+  } else {
+    constexpr auto kRotated = [](int lane) constexpr { return (lane + kDistance) % V::kLanes; };
+    return sum_blocks<V, kDistance / 2>(x + shuffle<V>(x, x, kRotated, AllLanes<V>{}));
+  }
+}
+
+/// Halves what is left to add up of a and b, interleaved.
+template <class V, int kGroup>
+[[gnu::always_inline]] inline Reg<V> fold(Reg<V> a, Reg<V> b) {
+  return shuffle<V>(a, b, kInterleave<V, kGroup, false>, AllLanes<V>{}) +
+         shuffle<V>(a, b, kInterleave<V, kGroup, true>, AllLanes<V>{});
+}
+
+/// In the first lanes: the sum of all lanes of each x, in an order that doesn't depend on its index.
+template <class V>
+[[gnu::always_inline]] inline Reg<V> sum_lanes(const Reg<V> (&x)[kQuadLanes<V>]) {
+  if constexpr (kQuadLanes<V> == 4) {
+    return sum_blocks<V>(fold<V, 2>(fold<V, 1>(x[0], x[1]), fold<V, 1>(x[2], x[3])));
+  } else {
+    return sum_blocks<V>(fold<V, 1>(x[0], x[1]));
+  }
+}
+
+/// The sum of all lanes, in the same order.
+template <class V>
+[[gnu::always_inline]] inline Scalar<V> sum_lanes(Reg<V> x) {
+  Reg<V> same[kQuadLanes<V>];
+  for (Reg<V>& each : same) each = x;
+  return sum_lanes<V>(same)[0];
 }
 
 }  // namespace

@@ -1,12 +1,13 @@
-// Products with few rows: every element of B is used a few times only, so that packing it would cost more than
-// using it. B is read where it lies, along k or along n, whichever is contiguous.
+// Narrow products, where D has few rows (or, with A and B exchanged, few columns): an element of the wide operand
+// is used a few times only, so that packing it would cost more than using it. It is read where it lies, along k
+// or along its other index, whichever is contiguous. Here the few rows are a's and the wide operand is b.
 #pragma once
 
 namespace neuron_ext::cpu {
 namespace {
 
 // Terms that a lane adds up before its sum is added to the tile, as in the micro-kernel.
-constexpr std::int64_t kFewRowsBlock = 256;
+constexpr std::int64_t kNarrowBlock = 256;
 
 /// tile[i][j] (+)= sum over p < k of rows[i][p] b[p, j]; b's columns are contiguous, rows end in whole vectors.
 template <class V, class T, int kRows, int kColumns>
@@ -25,11 +26,20 @@ void dot_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, c
       for (int j = 0; j < kColumns; ++j) sum[i][j] = V::multiply_add(a, b_p[j], sum[i][j]);
     }
   }
+  // Unrolled before the compiler decides that an array indexed by variables can't live in registers.
+  constexpr int kTogether = kColumns < kQuadLanes<V> ? kColumns : kQuadLanes<V>;
+#pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kColumns; ++j) {
-      Scalar<V>& place = tile[i * tile_stride + j];
-      const Scalar<V> block = sum_lanes<V>(sum[i][j]);
-      place = add ? place + block : block;
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; j += kTogether) {
+      Reg<V> sums[kQuadLanes<V>];
+#pragma GCC unroll 4
+      for (int lane = 0; lane < kQuadLanes<V>; ++lane) sums[lane] = sum[i][j + lane % kTogether];
+      const Reg<V> blocks = sum_lanes<V>(sums);
+      for (int lane = 0; lane < kTogether; ++lane) {
+        Scalar<V>& place = tile[i * tile_stride + j + lane];
+        place = add ? place + blocks[lane] : blocks[lane];
+      }
     }
   }
 }
@@ -62,7 +72,7 @@ void outer_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride,
 /// sum = the sum of a row that ends in whole vectors.
 template <class V>
 void sum_row(std::int64_t k, const void* row, void* sum) {
-  constexpr std::int64_t kBlock = kFewRowsBlock * V::kLanes;
+  constexpr std::int64_t kBlock = kNarrowBlock * V::kLanes;
   const auto* p = static_cast<const Scalar<V>*>(row);
   Scalar<V> total = 0;
   for (std::int64_t begin = 0; begin < k; begin += kBlock) {
@@ -75,18 +85,17 @@ void sum_row(std::int64_t k, const void* row, void* sum) {
   *static_cast<Scalar<V>*>(sum) = total;
 }
 
-/// Calls f(i, std::integral_constant of how many) for rows in groups of kGroup, then one by one.
+/// Calls f(i, std::integral_constant of how many) for i from `begin` on in groups of kGroup, then of half as many.
 template <int kGroup, class F>
-void in_groups(std::int64_t count, const F& f) {
-  std::int64_t i = 0;
-  for (; i + kGroup <= count; i += kGroup) f(i, std::integral_constant<int, kGroup>{});
-  for (; i < count; ++i) f(i, std::integral_constant<int, 1>{});
+void in_groups(std::int64_t begin, std::int64_t end, const F& f) {
+  for (; begin + kGroup <= end; begin += kGroup) f(begin, std::integral_constant<int, kGroup>{});
+  if constexpr (kGroup > 1) in_groups<kGroup / 2>(begin, end, f);
 }
 
 /// tile[i][j] = sum over p < k of rows[i][p] B[p, column + j], for i < m and j < columns. A tile's row holds
 /// whole vectors.
 template <class V, class T>
-void multiply_few_rows(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
+void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
                        const Operand& b, std::int64_t column, std::int64_t columns, void* tile,
                        std::int64_t tile_stride) {
   constexpr int kRowGroup = V::kRegisters >= 32 ? 4 : 2, kColumnGroup = 4;
@@ -94,9 +103,9 @@ void multiply_few_rows(std::int64_t m, std::int64_t k, const void* rows, std::in
   const auto* b_base = static_cast<const T*>(b.base) + column * b.stride_mn;
   auto* sums = static_cast<Scalar<V>*>(tile);
   if (b.stride_k == 1) {
-    constexpr std::int64_t kBlock = kFewRowsBlock * V::kLanes;
-    in_groups<kColumnGroup>(columns, [&](std::int64_t j, auto group_columns) {
-      in_groups<kRowGroup>(m, [&](std::int64_t i, auto group_rows) {
+    constexpr std::int64_t kBlock = kNarrowBlock * V::kLanes;
+    in_groups<kColumnGroup>(0, columns, [&](std::int64_t j, auto group_columns) {
+      in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto group_rows) {
         for (std::int64_t p = 0; p == 0 || p < k; p += kBlock) {
           dot_block<V, T, group_rows.value, group_columns.value>(
               k - p < kBlock ? k - p : kBlock, a + i * row_stride + p, row_stride,
@@ -107,17 +116,17 @@ void multiply_few_rows(std::int64_t m, std::int64_t k, const void* rows, std::in
     });
   } else {
     const auto strip = [&](std::int64_t j, std::int64_t lanes, auto vectors) {
-      in_groups<kRowGroup>(m, [&](std::int64_t i, auto group_rows) {
-        for (std::int64_t p = 0; p == 0 || p < k; p += kFewRowsBlock) {
+      in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto group_rows) {
+        for (std::int64_t p = 0; p == 0 || p < k; p += kNarrowBlock) {
           outer_block<V, T, group_rows.value, vectors.value>(
-              k - p < kFewRowsBlock ? k - p : kFewRowsBlock, a + i * row_stride + p, row_stride,
+              k - p < kNarrowBlock ? k - p : kNarrowBlock, a + i * row_stride + p, row_stride,
               b_base + j * b.stride_mn + p * b.stride_k, b.stride_k, b.stride_mn, lanes,
               sums + i * tile_stride + j, tile_stride, p != 0);
         }
       });
     };
     const std::int64_t whole = columns / V::kLanes;
-    in_groups<kColumnGroup>(whole, [&](std::int64_t v, auto vectors) {
+    in_groups<kColumnGroup>(0, whole, [&](std::int64_t v, auto vectors) {
       strip(v * V::kLanes, V::kLanes, vectors);
     });
     if (whole * V::kLanes < columns) {
