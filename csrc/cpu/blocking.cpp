@@ -6,15 +6,17 @@
 namespace neuron_ext::cpu {
 namespace {
 
-// A block of B, kc x tile_n, is used once for every mr rows of A: it is kept to half of a usual L2 cache.
+// A block of B, kc x tile_n, is used once for every mr rows of A: it is kept to half of an L2
+// cache.
 constexpr std::int64_t kBlockBytes = 512 << 10;
-// Sums that wait for the next block of k. Together with the blocks this bounds a thread's buffer to about 2 MiB.
+// Sums that wait for the next block of k. Together with the blocks this bounds a thread's buffer to
+// about 2 MiB.
 constexpr std::int64_t kAccumulatorBytes = 1 << 20;
 // All chunks' sums, which every thread can reach.
 constexpr std::int64_t kPartialBytes = 4 << 20;
 
-// Chunks exist for small outputs of long sums (the weight gradient of a long batch), which have too few tiles to
-// go round, and whose tiles are too small to pay for packing.
+// Chunks exist for small outputs of long sums (the weight gradient of a long batch), which have too
+// few tiles to go round, and whose tiles are too small to pay for packing.
 constexpr std::int64_t kLongestChunks = 32, kShortestChunk = 4096;
 
 // The few operand's copy of a narrow product.
@@ -25,8 +27,9 @@ constexpr double kWorkPerThread = 1 << 18;
 // Packing an element costs about as much as this many multiply-adds.
 constexpr std::int64_t kPackCost = 16;
 
-/// Whether so few rows are better used from memory than packed against. Measured on Zen 4: dot products of long,
-/// contiguous operands reach the peak without packing, those of short ones spend their time adding up lanes.
+/// Whether so few rows are better used from memory than packed against. Measured on Zen 4: dot
+/// products of long, contiguous operands reach the peak without packing, those of short ones spend
+/// their time adding up lanes.
 bool is_few(std::int64_t rows, std::int64_t k, bool k_is_contiguous) {
   const std::int64_t few = k >= 256 && k_is_contiguous ? 32 : k >= 32 ? 8 : 4;
   return rows <= few && rows * k <= kLongestRows;
@@ -37,7 +40,7 @@ std::int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8
 }  // namespace
 
 std::int64_t threads_for(std::int64_t m, std::int64_t n, std::int64_t k, int max_threads) {
-  // In multiply-adds, for which the whole of D's and A's handling counts as so many more k and n.
+  // In multiply-adds: packing A and storing D count as kPackCost more columns and k.
   const double work = static_cast<double>(m) * static_cast<double>(n + kPackCost) *
                       static_cast<double>(k + kPackCost);
   return static_cast<std::int64_t>(
@@ -74,18 +77,18 @@ Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc, int max
   const std::int64_t depth = std::max<std::int64_t>(1, blocking.kc);
   const std::int64_t most_n =
       std::clamp<std::int64_t>(kBlockBytes / (depth * kernel.nr * size), 1, panels_n);
+  // What has to wait for every panel of rows: sums of A, and those of D unless k is one block.
+  const std::int64_t waiting = blocking.has_one_block() ? 1 : most_n * kernel.nr;
   const std::int64_t most_m =
-      blocking.has_one_block()
-          ? panels_m
-          : std::clamp<std::int64_t>(kAccumulatorBytes / (most_n * kernel.nr * kernel.mr * size), 1,
-                                     panels_m);
+      std::clamp<std::int64_t>(kAccumulatorBytes / (kernel.mr * waiting * size), 1, panels_m);
 
   // Among the ways to give every thread a tile, the one whose busiest thread has the least to do.
   const std::int64_t threads = threads_for(desc.m, desc.n, desc.k, max_threads);
   const std::int64_t fewest_m = divide_up(panels_m, most_m);
   const std::int64_t fewest_n = divide_up(panels_n, most_n);
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
-  for (std::int64_t cut_n = fewest_n; cut_n <= std::min(panels_n, fewest_n + threads - 1); ++cut_n) {
+  for (std::int64_t cut_n = fewest_n; cut_n <= std::min(panels_n, fewest_n + threads - 1);
+       ++cut_n) {
     const std::int64_t wanted_m = divide_up(threads, blocking.chunks * cut_n);
     const std::int64_t cut_m = std::min(panels_m, round_up(fewest_m, wanted_m));
     const std::int64_t per_m = divide_up(panels_m, cut_m), per_n = divide_up(panels_n, cut_n);

@@ -1,5 +1,5 @@
-// How a product is cut: into blocks of k that bound the rounding error, into tiles that fit the caches and keep
-// every thread busy.
+// How a product is cut: into blocks of k that bound the rounding error, into tiles that fit the
+// caches and keep every thread busy.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,13 @@
 
 namespace neuron_ext::cpu {
 
-/// D is cut into tiles_m x tiles_n tiles of tile_m x tile_n (multiples of mr and nr; the last ones are smaller), and
-/// k into `chunks` of chunk_k, which are cut into blocks of kc. A task is one tile's sum over one chunk.
+/// D is cut into tiles_m x tiles_n tiles of tile_m x tile_n (multiples of mr and nr; the last ones
+/// are smaller), and k into `chunks` of chunk_k, which are cut into blocks of kc. A task is one
+/// tile's sum over one chunk.
 ///
-/// kc and chunk_k decide in which order a sum is formed. They follow from the product's shape and the row
-/// alone, never from the number of threads; the tiles follow from all of them, and change no result.
+/// kc and chunk_k decide in which order a sum is formed. They follow from the product's shape and
+/// the row alone, never from the number of threads; the tiles follow from all of them, and change
+/// no result.
 struct Blocking {
   std::int64_t kc, chunk_k, chunks;
   std::int64_t tile_m, tiles_m;

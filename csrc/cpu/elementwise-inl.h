@@ -7,8 +7,8 @@ namespace {
 // Strided arrays pass through buffers of this many elements on the stack.
 constexpr std::int64_t kElementwiseBlock = 256;
 
-/// y[i] = f(x[i], ...) over contiguous arrays. The last few go through the same vector code, so that an
-/// element's result doesn't depend on its place.
+/// y[i] = f(x[i], ...) over contiguous arrays. The last few go through the same vector code, so
+/// that an element's result doesn't depend on its place.
 template <class V, class T, class F, class... Inputs>
 void map_contiguous(std::int64_t n, T* y, const F& f, const Inputs*... x) {
   std::int64_t i = 0;
@@ -28,23 +28,18 @@ struct StridedInput {
   }
 };
 
-template <class V, class T, class F, class... Inputs>
-void map_strided(std::int64_t n, T* y, std::int64_t y_stride, const F& f, const Inputs&... inputs) {
-  if (y_stride == 1 && ((inputs.stride == 1) && ...)) {
-    return map_contiguous<V>(n, y, f, inputs.base...);
+template <class V, class T, class F, int... kInput>
+void map_strided(std::int64_t n, T* y, std::int64_t y_stride, const F& f,
+                 const StridedInput<T> (&x)[sizeof...(kInput)],
+                 std::integer_sequence<int, kInput...>) {
+  if (y_stride == 1 && ((x[kInput].stride == 1) && ...)) {
+    return map_contiguous<V>(n, y, f, x[kInput].base...);
   }
-  T gathered[sizeof...(Inputs)][kElementwiseBlock], results[kElementwiseBlock];
+  T gathered[sizeof...(kInput)][kElementwiseBlock], results[kElementwiseBlock];
   for (std::int64_t begin = 0; begin < n; begin += kElementwiseBlock) {
     const std::int64_t count = n - begin < kElementwiseBlock ? n - begin : kElementwiseBlock;
-    T* out = y_stride == 1 ? y + begin : results;
-    int input = 0;
-    // Braces: the buffers are taken in order.
-    const T* sources[] = {inputs.gather(begin, count, gathered[input++])...};
-    if constexpr (sizeof...(Inputs) == 1) {
-      map_contiguous<V>(count, out, f, sources[0]);
-    } else {
-      map_contiguous<V>(count, out, f, sources[0], sources[1]);
-    }
+    T* const out = y_stride == 1 ? y + begin : results;
+    map_contiguous<V>(count, out, f, x[kInput].gather(begin, count, gathered[kInput])...);
     if (y_stride == 1) continue;
     for (std::int64_t i = 0; i < count; ++i) y[(begin + i) * y_stride] = results[i];
   }
@@ -62,20 +57,22 @@ struct Backward {
 template <class V, class T>
 void activate(Activation activation, std::int64_t n, const void* x, std::int64_t x_stride, void* y,
               std::int64_t y_stride) {
+  const StridedInput<T> inputs[] = {{static_cast<const T*>(x), x_stride}};
   visit_activation(activation, [&]<class F>(F) {
-    map_strided<V>(n, static_cast<T*>(y), y_stride, Forward<V, F>{},
-                   StridedInput<T>{static_cast<const T*>(x), x_stride});
+    map_strided<V>(n, static_cast<T*>(y), y_stride, Forward<V, F>{}, inputs,
+                   std::integer_sequence<int, 0>{});
   });
 }
 
 template <class V, class T>
-void activate_backward(Activation activation, std::int64_t n, const void* dy, std::int64_t dy_stride,
-                       const void* saved, std::int64_t saved_stride, void* dx,
-                       std::int64_t dx_stride) {
+void activate_backward(Activation activation, std::int64_t n, const void* dy,
+                       std::int64_t dy_stride, const void* saved, std::int64_t saved_stride,
+                       void* dx, std::int64_t dx_stride) {
+  const StridedInput<T> inputs[] = {{static_cast<const T*>(dy), dy_stride},
+                                    {static_cast<const T*>(saved), saved_stride}};
   visit_activation(activation, [&]<class F>(F) {
-    map_strided<V>(n, static_cast<T*>(dx), dx_stride, Backward<V, F>{},
-                   StridedInput<T>{static_cast<const T*>(dy), dy_stride},
-                   StridedInput<T>{static_cast<const T*>(saved), saved_stride});
+    map_strided<V>(n, static_cast<T*>(dx), dx_stride, Backward<V, F>{}, inputs,
+                   std::integer_sequence<int, 0, 1>{});
   });
 }
 

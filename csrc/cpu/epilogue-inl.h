@@ -7,7 +7,8 @@ namespace {
 // Sums that pass together through an activation where rows are shorter than vectors.
 constexpr std::int64_t kFlat = 256;
 
-/// Rows of at most half a vector, laid end to end: activations cost too much for vectors mostly empty.
+/// Rows of at most half a vector, laid end to end: activations cost too much for half-empty
+/// vectors.
 template <class V, class T, class F>
 void short_rows_epilogue(std::int64_t rows, std::int64_t columns, const Scalar<V>* tile,
                          std::int64_t tile_stride, Reg<V> bias, T* d, std::int64_t d_stride) {
@@ -32,8 +33,8 @@ void short_rows_epilogue(std::int64_t rows, std::int64_t columns, const Scalar<V
   }
 }
 
-/// d[i][j] = T(activation(tile[i][j] + bias[j])) for i < rows, j < columns. `bias` is null or readable up to a
-/// whole vector past the last column, as the tile's rows are.
+/// d[i][j] = T(activation(tile[i][j] + bias[j])) for i < rows, j < columns. `bias` is null or
+/// readable up to a whole vector past the last column, as the tile's rows are.
 template <class V, class T>
 void epilogue(Activation activation, std::int64_t rows, std::int64_t columns, const void* tile,
               std::int64_t tile_stride, const void* bias, void* d, std::int64_t d_stride) {

@@ -1,6 +1,6 @@
-// The CPU's matrix product, START HERE: which kernel is chosen, and the loops around it. No intrinsics; what is
-// done to a vector is in the *-inl.h files, which kernels there are is in registry.cpp, and how a product is cut
-// is in blocking.cpp.
+// The CPU's matrix product, START HERE: which kernel is chosen, and the loops around it. No
+// intrinsics; what is done to a vector is in the *-inl.h files, which kernels there are is in
+// registry.cpp, and how a product is cut is in blocking.cpp.
 #include <algorithm>
 #include <cstddef>
 #include <memory>
@@ -13,12 +13,13 @@
 namespace neuron_ext::cpu {
 namespace {
 
-// ---- buffers ------------------------------------------------------------------------------------------------
+// ---- buffers ------------------------------------------------------------------------------------
 
 constexpr std::size_t kCacheLine = 64;
 
-/// Memory that a thread keeps from call to call, since fresh pages cost more than small products. It only grows,
-/// and never beyond what blocking.cpp bounds: about 2 MiB for a task and 4 MiB for what tasks share.
+/// Memory that a thread keeps from call to call, since fresh pages cost more than small products.
+/// It only grows, and never beyond what blocking.cpp bounds: about 2 MiB for a task and 4 MiB for
+/// what tasks share.
 class ThreadBuffer {
  public:
   std::byte* reserve(std::size_t bytes) {
@@ -39,7 +40,7 @@ class ThreadBuffer {
   std::size_t size_ = 0;
 };
 
-// Two, because the thread that calls also works, and its tasks' buffer must leave the shared one alone.
+// Two, because the thread that calls also works: its tasks' buffer must leave the shared one alone.
 thread_local ThreadBuffer task_buffer, shared_buffer;
 
 /// Calls f with room for `count` of S: on the stack for tiny products, else the thread's buffer.
@@ -54,7 +55,7 @@ void with_buffer(ThreadBuffer& buffer, std::int64_t count, const F& f) {
   }
 }
 
-// ---- what both drivers need ---------------------------------------------------------------------------------
+// ---- what both drivers need ---------------------------------------------------------------------
 
 Operand operand_a(const GemmDesc& desc, const GemmPointers& at) {
   return {at.a,     desc.a_stride_m,     desc.a_stride_k,    desc.prologue,
@@ -73,8 +74,8 @@ const void* offset(const void* base, DType dtype, std::int64_t index) {
   return static_cast<const std::byte*>(base) + index * size_of(dtype);
 }
 
-/// What is left of the sums after the last block of k: bias, activation, and D's only store, for the columns of
-/// D from j on. `bias` is room for the bias of these columns.
+/// What is left of the sums after the last block of k: bias, activation, and D's only store, for
+/// the columns of D from j on. `bias` is room for the bias of these columns.
 template <class S>
 class Epilogue {
  public:
@@ -103,7 +104,7 @@ class Epilogue {
   const S* bias_;
 };
 
-// ---- the blocked driver -------------------------------------------------------------------------------------
+// ---- the blocked driver -------------------------------------------------------------------------
 
 /// One product, cut into tasks:
 ///
@@ -116,8 +117,9 @@ class Epilogue {
 ///           micro-kernel     mr x nr sums in registers
 ///           epilogue         after the last block, while they are in L1
 ///
-/// Where k is one block, the sums of one register tile at a time are all there is; else a tile's sums wait in
-/// a buffer for the next block. Where k has several chunks, their sums are added, in order, by `reduce`.
+/// Where k is one block, the sums of one register tile at a time are all there is; else a tile's
+/// sums wait in a buffer for the next block. Where k has several chunks, their sums are added, in
+/// order, by `reduce`.
 template <class S>
 class BlockedProduct {
  public:
@@ -182,7 +184,8 @@ class BlockedProduct {
     return round_up(count, static_cast<std::int64_t>(kCacheLine / sizeof(S)));
   }
 
-  /// Sums: register tiles, row by row of them (one only, where none has to wait), then a sum for every row of A.
+  /// Sums: register tiles, row by row of them (one only, where none has to wait), then a sum for
+  /// every row of A.
   bool waits() const { return cut_.chunks > 1 || !cut_.has_one_block(); }
   std::int64_t tile_size() const { return kernel_.mr * kernel_.nr; }
   std::int64_t tiles_size() const { return waits() ? cut_.tile_m * cut_.tile_n : tile_size(); }
@@ -231,7 +234,8 @@ class BlockedProduct {
     if (finishes && place.sums_a) store_a_sums(place, a_sums);
   }
 
-  /// Adds a tile's sums of all chunks, which lie `stride` apart, into the first chunk's, and finishes D.
+  /// Adds a tile's sums of all chunks, which lie `stride` apart, into the first chunk's, and
+  /// finishes D.
   void reduce(std::int64_t tile, S* sums, std::int64_t stride, S* bias) const {
     const Place place = place_of(tile);
     const Epilogue<S> epilogue(kernel_, desc_, at_, place.j, place.columns, bias);
@@ -246,8 +250,8 @@ class BlockedProduct {
       for (std::int64_t jr = 0; jr < place.columns; jr += kernel_.nr) {
         S* const tile_sums = register_tile(sums, ir, jr);
         add_chunks(tile_sums, rows * kernel_.nr);
-        epilogue.store(place.i + ir, rows, place.j + jr,
-                       std::min(kernel_.nr, place.columns - jr), tile_sums, kernel_.nr);
+        epilogue.store(place.i + ir, rows, place.j + jr, std::min(kernel_.nr, place.columns - jr),
+                       tile_sums, kernel_.nr);
       }
     }
     if (!place.sums_a) return;
@@ -267,10 +271,10 @@ class BlockedProduct {
   const Operand a_, b_;
 };
 
-// ---- the driver for narrow products -------------------------------------------------------------------------
+// ---- the driver for narrow products -------------------------------------------------------------
 
-/// The few rows (or columns) are widened once, by the caller's thread; then each strip of D's many columns (or
-/// rows) is a task.
+/// The few rows (or columns) are widened once, by the caller's thread; then each strip of D's many
+/// columns (or rows) is a task.
 template <class S>
 void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                      const ParallelFor& parallel_for) {
@@ -335,7 +339,7 @@ void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPoint
 }
 
 void run_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
-                  const ParallelFor& parallel_for) {
+                const ParallelFor& parallel_for) {
   log_choice(kernel, desc, nullptr);
   if (desc.dtype == DType::kFloat64) {
     multiply_narrow<double>(kernel, desc, at, parallel_for);

@@ -17,7 +17,8 @@ constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};
 
 bool has_bits(std::uint64_t value, std::uint64_t bits) { return (value & bits) == bits; }
 
-/// The register states that the operating system saves; XGETBV as bytes, since naming it needs -mxsave.
+/// The register states that the operating system saves; XGETBV as bytes, since naming it needs
+/// -mxsave.
 std::uint64_t saved_states() {
   std::uint32_t low, high;
   __asm__ volatile(".byte 0x0f, 0x01, 0xd0" : "=a"(low), "=d"(high) : "c"(0));
@@ -65,10 +66,10 @@ Isa initial_isa() {
   if (wanted == nullptr || *wanted == '\0') return best_supported();
   const std::optional<Isa> isa = parse_isa(wanted);
   if (!isa || !is_supported(*isa)) {
-    throw std::invalid_argument("NEURON_EXT_CPU_ISA=" + std::string(wanted) +
-                                (isa ? " is an instruction set that this CPU can't run: "
-                                     : " is no instruction set: ") +
-                                choices());
+    throw std::invalid_argument(
+        "NEURON_EXT_CPU_ISA=" + std::string(wanted) +
+        (isa ? " is an instruction set that this CPU can't run: " : " is no instruction set: ") +
+        choices());
   }
   return *isa;
 }

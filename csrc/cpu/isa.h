@@ -1,4 +1,5 @@
-// Which instruction sets may be used: detected once, overridden by NEURON_EXT_CPU_ISA or set_active_isa.
+// Which instruction sets may be used: detected once, overridden by NEURON_EXT_CPU_ISA or
+// set_active_isa.
 #pragma once
 
 #include "neuron_ext/cpu.h"

@@ -1,5 +1,5 @@
-// Kernels for AVX2 with FMA and F16C. The instruction sets are asked for in the source, so that any build of
-// these files, with any flags, has all kernels.
+// Kernels for AVX2 with FMA and F16C. The instruction sets are asked for in the source, so that any
+// build of these files, with any flags, has all kernels.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -12,8 +12,8 @@
 #include "registry.h"
 #include "scalar.h"
 
-// From here to the end of the file, and therefore after all headers with functions that other files may share:
-// one compiled for AVX2 and kept by the linker would stop older CPUs.
+// From here to the end of the file, and therefore after all headers with functions that other files
+// may share: one compiled for AVX2 and kept by the linker would stop older CPUs.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -36,9 +36,7 @@ struct VectorF32 {
   static Reg multiply_add(Reg a, Reg b, Reg c) { return fma(a, b, c); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
-  static Reg widen(Halves<VectorF32> h) {
-    return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h));
-  }
+  static Reg widen(Halves<VectorF32> h) { return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h)); }
   static Halves<VectorF32> narrow(Reg x) {
     return reinterpret_cast<Halves<VectorF32>>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }

@@ -1,12 +1,16 @@
 // Kernels for AVX-512 F, BW, DQ and VL.
 #if defined(__x86_64__)
 
-// The header's _mm512_undefined_ps() reads an uninitialised variable on purpose; GCC 12 then warns of it.
+#if defined(__clang__)
+#include <immintrin.h>
+#else
+// The header's _mm512_undefined_ps() reads an uninitialised variable on purpose; GCC 12 warns.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#endif
 
 #include <array>
 #include <cstdint>
@@ -18,8 +22,9 @@
 
 // Up to the end of the file, after all headers: see isa_avx2.cpp.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
@@ -40,9 +45,7 @@ struct VectorF32 {
   static Reg multiply_add(Reg a, Reg b, Reg c) { return fma(a, b, c); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
-  static Reg widen(Halves<VectorF32> h) {
-    return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
-  }
+  static Reg widen(Halves<VectorF32> h) { return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h)); }
   static Halves<VectorF32> narrow(Reg x) {
     return reinterpret_cast<Halves<VectorF32>>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }

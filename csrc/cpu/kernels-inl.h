@@ -14,8 +14,8 @@
 namespace neuron_ext::cpu {
 namespace {
 
-// Longest block of k summed in registers. A packed panel of B is then 32 KiB on AVX-512, and A's half of that
-// stays in the L1 cache while B's panels pass from L2.
+// Longest block of k summed in registers. A packed panel of B is then 32 KiB on AVX-512, and A's
+// half of that stays in the L1 cache while B's panels pass from L2.
 constexpr std::int64_t kLongestBlock = 256;
 
 template <class V, class T, int kMr, int kNr>
@@ -94,8 +94,7 @@ consteval ElementwiseKernel elementwise_kernel(const char* name, Isa isa) {
           .activate = {activate<F32, float>, activate<F64, double>, activate<F32, BFloat16>,
                        activate<F32, Float16>},
           .activate_backward = {activate_backward<F32, float>, activate_backward<F64, double>,
-                                activate_backward<F32, BFloat16>,
-                                activate_backward<F32, Float16>}};
+                                activate_backward<F32, BFloat16>, activate_backward<F32, Float16>}};
 }
 
 }  // namespace

@@ -1,15 +1,17 @@
-// The mainloop: a block of D's sums in registers, from packed panels. It knows nothing of D, of storage types or
-// of activations.
+// The mainloop: a block of D's sums in registers, from packed panels. It knows nothing of D, of
+// storage types or of activations.
 #pragma once
 
 namespace neuron_ext::cpu {
 namespace {
 
-/// tile[i][j] (+)= sum over p < kc of a[p][i] b[p][j], for i < kRows and j < kVectors * kLanes. The panels and
-/// the tile are kMr and kNr wide. The block's sum is formed from zero, and only then added: many short
-/// sums lose less than one long one, and a block's arithmetic is the same wherever its element lies.
+/// tile[i][j] (+)= sum over p < kc of a[p][i] b[p][j], for i < kRows and j < kVectors * kLanes. The
+/// panels and the tile are kMr and kNr wide. The block's sum is formed from zero, and only then
+/// added: many short sums lose less than one long one, and a block's arithmetic is the same
+/// wherever its element lies.
 template <class V, int kMr, int kNr, int kRows, int kVectors>
-void microkernel(std::int64_t kc, const Scalar<V>* a, const Scalar<V>* b, Scalar<V>* tile, bool add) {
+void microkernel(std::int64_t kc, const Scalar<V>* a, const Scalar<V>* b, Scalar<V>* tile,
+                 bool add) {
   Reg<V> sum[kRows][kVectors] = {};
   for (std::int64_t p = 0; p < kc; ++p, a += kMr, b += kNr) {
     Reg<V> b_p[kVectors];
@@ -27,7 +29,8 @@ void microkernel(std::int64_t kc, const Scalar<V>* a, const Scalar<V>* b, Scalar
   }
 }
 
-/// A kernel of exactly the rows asked for, and of the vectors that hold the columns: edges cost what they hold.
+/// A kernel of exactly the rows asked for, and of the vectors that hold the columns: edges cost
+/// what they hold.
 template <class V, int kMr, int kNr>
 struct Microkernels {
   using Kernel = void (*)(std::int64_t, const Scalar<V>*, const Scalar<V>*, Scalar<V>*, bool);
@@ -42,8 +45,7 @@ struct Microkernels {
                   const void* b, void* tile, bool add) {
     static_assert(kNr == 2 * V::kLanes);
     constexpr std::make_integer_sequence<int, kMr> kRows;
-    const Kernel kernel =
-        columns > V::kLanes ? of_rows<2>(rows, kRows) : of_rows<1>(rows, kRows);
+    const Kernel kernel = columns > V::kLanes ? of_rows<2>(rows, kRows) : of_rows<1>(rows, kRows);
     kernel(kc, static_cast<const Scalar<V>*>(a), static_cast<const Scalar<V>*>(b),
            static_cast<Scalar<V>*>(tile), add);
   }

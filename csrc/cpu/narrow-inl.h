@@ -1,6 +1,7 @@
-// Narrow products, where D has few rows (or, with A and B exchanged, few columns): an element of the wide operand
-// is used a few times only, so that packing it would cost more than using it. It is read where it lies, along k
-// or along its other index, whichever is contiguous. Here the few rows are a's and the wide operand is b.
+// Narrow products, where D has few rows (or, with A and B exchanged, few columns): an element of
+// the wide operand is used a few times only, so that packing it would cost more than using it. It
+// is read where it lies, along k or along its other index, whichever is contiguous. Here the few
+// rows are a's and the wide operand is b.
 #pragma once
 
 namespace neuron_ext::cpu {
@@ -9,7 +10,8 @@ namespace {
 // Terms that a lane adds up before its sum is added to the tile, as in the micro-kernel.
 constexpr std::int64_t kNarrowBlock = 256;
 
-/// tile[i][j] (+)= sum over p < k of rows[i][p] b[p, j]; b's columns are contiguous, rows end in whole vectors.
+/// tile[i][j] (+)= sum over p < k of rows[i][p] b[p, j]; b's columns are contiguous, rows end in
+/// whole vectors.
 template <class V, class T, int kRows, int kColumns>
 void dot_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, const T* b,
                std::int64_t b_stride, Scalar<V>* tile, std::int64_t tile_stride, bool add) {
@@ -26,7 +28,8 @@ void dot_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, c
       for (int j = 0; j < kColumns; ++j) sum[i][j] = V::multiply_add(a, b_p[j], sum[i][j]);
     }
   }
-  // Unrolled before the compiler decides that an array indexed by variables can't live in registers.
+  // Unrolled before the compiler decides that an array indexed by variables can't live in
+  // registers.
   constexpr int kTogether = kColumns < kQuadLanes<V> ? kColumns : kQuadLanes<V>;
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
@@ -44,8 +47,8 @@ void dot_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, c
   }
 }
 
-/// The same for kVectors vectors of columns, where b's rows are contiguous or nothing is. `lanes`: how many
-/// columns each vector holds.
+/// The same for kVectors vectors of columns, where b's rows are contiguous or nothing is. `lanes`:
+/// how many columns each vector holds.
 template <class V, class T, int kRows, int kVectors>
 void outer_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, const T* b,
                  std::int64_t b_stride_k, std::int64_t b_stride_n, std::int64_t lanes,
@@ -85,19 +88,20 @@ void sum_row(std::int64_t k, const void* row, void* sum) {
   *static_cast<Scalar<V>*>(sum) = total;
 }
 
-/// Calls f(i, std::integral_constant of how many) for i from `begin` on in groups of kGroup, then of half as many.
+/// Calls f(i, std::integral_constant of how many) for i from `begin` on in groups of kGroup, then
+/// of half as many.
 template <int kGroup, class F>
 void in_groups(std::int64_t begin, std::int64_t end, const F& f) {
   for (; begin + kGroup <= end; begin += kGroup) f(begin, std::integral_constant<int, kGroup>{});
   if constexpr (kGroup > 1) in_groups<kGroup / 2>(begin, end, f);
 }
 
-/// tile[i][j] = sum over p < k of rows[i][p] B[p, column + j], for i < m and j < columns. A tile's row holds
-/// whole vectors.
+/// tile[i][j] = sum over p < k of rows[i][p] B[p, column + j], for i < m and j < columns. A tile's
+/// row holds whole vectors.
 template <class V, class T>
 void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
-                       const Operand& b, std::int64_t column, std::int64_t columns, void* tile,
-                       std::int64_t tile_stride) {
+                     const Operand& b, std::int64_t column, std::int64_t columns, void* tile,
+                     std::int64_t tile_stride) {
   constexpr int kRowGroup = V::kRegisters >= 32 ? 4 : 2, kColumnGroup = 4;
   const auto* a = static_cast<const Scalar<V>*>(rows);
   const auto* b_base = static_cast<const T*>(b.base) + column * b.stride_mn;
@@ -126,9 +130,8 @@ void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int6
       });
     };
     const std::int64_t whole = columns / V::kLanes;
-    in_groups<kColumnGroup>(0, whole, [&](std::int64_t v, auto vectors) {
-      strip(v * V::kLanes, V::kLanes, vectors);
-    });
+    in_groups<kColumnGroup>(
+        0, whole, [&](std::int64_t v, auto vectors) { strip(v * V::kLanes, V::kLanes, vectors); });
     if (whole * V::kLanes < columns) {
       strip(whole * V::kLanes, columns - whole * V::kLanes, std::integral_constant<int, 1>{});
     }

@@ -1,14 +1,16 @@
-// Packing: slivers of an operand, of any strides and storage type, laid out as the micro-kernel reads them.
+// Packing: slivers of an operand, of any strides and storage type, laid out as the micro-kernel
+// reads them.
 #pragma once
 
 namespace neuron_ext::cpu {
 namespace {
 
-// How far ahead along k a row is prefetched: rows are too many for the hardware's streams. Measured: 5 % of a
-// 1024 cubed product.
+// How far ahead along k a row is prefetched: rows are too many for the hardware's streams.
+// Measured: 5 % of a 1024 cubed product.
 constexpr std::int64_t kPrefetch = 64;
 
-/// An operand as it is stored. "mn" is the index that survives the product (rows of A, columns of B).
+/// An operand as it is stored. "mn" is the index that survives the product (rows of A, columns of
+/// B).
 template <class V, class T>
 struct PlainSource {
   const T* base;
@@ -88,12 +90,12 @@ template <class V, int kWidth, class Source>
   for (std::int64_t i = 0; i < depth; ++i) store<V>(panel + i * kWidth, square[i]);
 }
 
-/// panel[k][mn], kWidth values of mn to a k. The operand has `count` from mn on: if they are fewer than kWidth,
-/// the rest of the panel is never used; if they are more, they may be read.
+/// panel[k][mn], kWidth values of mn to a k. The operand has `count` from mn on: if they are fewer
+/// than kWidth, the rest of the panel is never used; if they are more, they may be read.
 ///
-/// Vectors are stored whole. Where kWidth isn't a multiple of the lanes, the last vector of a k runs into the
-/// next k's place, which is written afterwards (hence the descending loop), and in the end up to
-/// kLanes - 1 elements past the panel.
+/// Vectors are stored whole. Where kWidth isn't a multiple of the lanes, the last vector of a k
+/// runs into the next k's place, which is written afterwards (hence the descending loop), and in
+/// the end up to kLanes - 1 elements past the panel.
 template <class V, int kWidth, class Source>
 void pack_source(const Source& source, std::int64_t mn, std::int64_t count, std::int64_t k,
                  std::int64_t kc, Scalar<V>* panel) {

@@ -1,4 +1,5 @@
-// What every kernel is tested against: the definitions in gemm.h and cpu.h, written down and nothing else.
+// What every kernel is tested against: the definitions in gemm.h and cpu.h, written down and
+// nothing else.
 #pragma once
 
 #include <cstdint>

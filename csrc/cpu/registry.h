@@ -10,8 +10,8 @@
 
 namespace neuron_ext::cpu {
 
-/// A or B as packing sees it: "mn" is the index that survives the product. With a prologue, an element is
-/// base's times the activation's gradient at saved's.
+/// A or B as packing sees it: "mn" is the index that survives the product. With a prologue, an
+/// element is base's times the activation's gradient at saved's.
 struct Operand {
   const void* base;
   std::int64_t stride_mn, stride_k;
@@ -20,8 +20,8 @@ struct Operand {
   std::int64_t saved_stride_mn = 0, saved_stride_k = 0;
 };
 
-/// The functions of a row for one storage type; null where the row doesn't take it. Panels, tiles, rows, sums
-/// and bias rows are in the accumulator type; what each function does is said where it's defined.
+/// The functions of a row for one storage type; null where the row doesn't take it. Panels, tiles,
+/// rows, sums and bias rows are in the accumulator type. What each does is said at its definition.
 struct GemmFunctions {
   // pack-inl.h
   void (*pack_a)(const Operand& a, std::int64_t i, std::int64_t count, std::int64_t k,
@@ -30,9 +30,9 @@ struct GemmFunctions {
                  std::int64_t kc, void* panel);
   void (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row);
   // narrow-inl.h
-  void (*multiply_narrow)(std::int64_t m, std::int64_t k, const void* rows,
-                          std::int64_t row_stride, const Operand& b, std::int64_t column,
-                          std::int64_t columns, void* tile, std::int64_t tile_stride);
+  void (*multiply_narrow)(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
+                          const Operand& b, std::int64_t column, std::int64_t columns, void* tile,
+                          std::int64_t tile_stride);
   // epilogue-inl.h
   void (*widen_bias)(const void* bias, std::int64_t stride, std::int64_t n, void* row);
   void (*epilogue)(Activation activation, std::int64_t rows, std::int64_t columns, const void* tile,
@@ -81,7 +81,7 @@ struct IsaKernels {
 
 /// The drivers in gemm.cpp, and what their rows accept.
 void run_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
-                  const ParallelFor& parallel_for);
+                const ParallelFor& parallel_for);
 void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                  const ParallelFor& parallel_for);
 bool is_narrow(const GemmDesc& desc);
@@ -93,7 +93,8 @@ IsaKernels avx2_kernels();
 IsaKernels avx512_kernels();
 #endif
 
-/// The first row, of the active ISA or one before it, that accepts the product; last_kernel() then names it.
+/// The first row, of the active ISA or one before it, that accepts the product; last_kernel() then
+/// names it.
 const GemmKernel& choose_gemm(const GemmDesc& desc);
 const ElementwiseKernel& choose_elementwise();
 

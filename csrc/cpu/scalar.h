@@ -1,5 +1,6 @@
-// One element at a time: the storage types and their exact conversions to and from the type in which sums are
-// formed. Ordinary C++ for any machine; included before an ISA's target region, never inside it.
+// One element at a time: the storage types and their exact conversions to and from the type in
+// which sums are formed. Ordinary C++ for any machine; included before an ISA's target region,
+// never inside it.
 #pragma once
 
 #include <bit>
@@ -33,13 +34,13 @@ inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return std::bit_cast<float>(std::uint32_t{x.bits} << 16); }
 inline float widen(Float16 x) {
-  // The exponent and mantissa, moved into a float's place, are the value times 2^-112, exactly, subnormals
-  // included; an exponent of all ones ends at 2^16 and above and is made inf or nan again.
+  // The exponent and mantissa, moved into a float's place, are the value times 2^-112, exactly,
+  // subnormals included; only inf and nan, whose exponents are all ones, need theirs restored.
   const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16;
   const std::uint32_t magnitude = std::uint32_t{x.bits & 0x7fffu};
   const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
-  const std::uint32_t bits = magnitude >= 0x7c00u ? (magnitude << 13 | 0x7f800000u)
-                                                  : std::bit_cast<std::uint32_t>(scaled);
+  const std::uint32_t bits =
+      magnitude >= 0x7c00u ? (magnitude << 13 | 0x7f800000u) : std::bit_cast<std::uint32_t>(scaled);
   return std::bit_cast<float>(bits | sign);
 }
 

@@ -1,12 +1,13 @@
-// The activations and their gradients on a vector. A functor pair here is all that a kernel needs of an
-// activation: the epilogue, the elementwise kernels and the packing prologue take them as template arguments.
+// The activations and their gradients on a vector. A functor pair here is all that a kernel needs
+// of an activation: the epilogue, the elementwise kernels and the packing prologue take them as
+// template arguments.
 #pragma once
 
 namespace neuron_ext::cpu {
 namespace {
 
-/// e^-r = 1 - r + r^2 Q(r) on |r| <= ln(2) / 2, Q from a Remez exchange on the relative error of e^-r (2^-28.2 and
-/// 2^-57.9), and what splits x into n ln(2) + r.
+/// e^-r = 1 - r + r^2 Q(r) on |r| <= ln(2) / 2, Q from a Remez exchange on the relative error of
+/// e^-r (2^-28.2 and 2^-57.9), and what splits x into n ln(2) + r.
 template <class S>
 struct ExpConstants;
 
@@ -17,7 +18,7 @@ struct ExpConstants<float> {
   static constexpr float kLog2E = 0x1.715476p+0f;
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kRound = 0x1.8p23f;  // adding it leaves an integer in the low bits
-  // Where the sigmoid has long reached 0 and 1; 2^n stays far from over- and underflow between them.
+  // Beyond them the sigmoid has long reached 0 or 1, between them 2^n can't over- or underflow.
   static constexpr float kLowest = -105, kHighest = 60;
   static constexpr int kMantissaBits = 23, kExponentBias = 127, kHeadroom = 32;
   static constexpr float kHeadroomScale = 0x1p-32f;
@@ -39,10 +40,11 @@ struct ExpConstants<double> {
 
 /// 1 / (1 + e^-x), below 1 ULP for every x, results below the normal range included.
 ///
-/// With x = n ln(2) + r, it is 2^n / D, where D = 2^n + e^-r lies between 0.7 and 2^n + 1.5. D is carried as a sum of
-/// two numbers; one division and a residual step then leave the last rounding as nearly all of the error. No
-/// step depends on the sign of x, and the factor 2^n, kept 2^kHeadroom too large until the end so that it is
-/// always a normal number, makes a subnormal result by a single rounding.
+/// With x = n ln(2) + r, it is 2^n / D, where D = 2^n + e^-r lies between 0.7 and 2^n + 1.5. D is
+/// carried as a sum of two numbers; one division and a residual step then leave the last rounding
+/// as nearly all of the error. No step depends on the sign of x, and the factor 2^n, kept
+/// 2^kHeadroom too large until the end so that it is always a normal number, makes a subnormal
+/// result by a single rounding.
 template <class V>
 [[gnu::always_inline]] inline Reg<V> sigmoid(Reg<V> x) {
   using C = ExpConstants<Scalar<V>>;

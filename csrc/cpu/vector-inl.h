@@ -1,17 +1,20 @@
-// What all kernels do with a vector type. An isa_*.cpp defines, for each accumulator type, a struct V with
+// What all kernels do with a vector type. An isa_*.cpp defines, for each accumulator type, a struct
+// V with
 //
-//   Scalar, kLanes, Reg     float or double, how many, and a native vector of them (+ - * / work on it)
+//   Scalar, kLanes, Reg     float or double, how many, and a native vector of them (with + - * /)
 //   kRegisters              how many vector registers the ISA has
 //   set1(x)                 x in every lane
 //   fma(a, b, c)            a b + c, rounded once
 //   multiply_add(a, b, c)   a b + c, in the fastest way
 //   min(a, b), max(a, b)    b where either is nan
-//   widen(h), narrow(x)     eight-byte-or-wider vectors of f16 bits to and from f32; only where Scalar is float
-//   load_partial(p, count), store_partial(p, x, count)   masked moves of Scalar, if the ISA has them
+//   widen(h), narrow(x)     f16 bits to and from f32; only where Scalar is float
+//   load_partial(p, count), store_partial(p, x, count)
+//                           masked moves of Scalar, if the ISA has them
 //
-// A V is named in an unnamed namespace, so everything made from it has internal linkage: the linker can't merge
-// code for one ISA with another's. For the same reason nothing here calls a function template of std. No lambda takes
-// or returns a vector: GCC checks such a signature against the file's flags, not the region's.
+// A V is named in an unnamed namespace, so everything made from it has internal linkage: the linker
+// can't merge code for one ISA with another's. For the same reason nothing here calls a function
+// template of std. No lambda takes or returns a vector: GCC checks such a signature against the
+// file's flags, not the region's.
 #pragma once
 
 namespace neuron_ext::cpu {
@@ -34,7 +37,7 @@ using Words = typename Integers<V>::Words;
 template <class V>
 using Halves = typename Integers<V>::Halves;
 
-// ---- loads: from any storage type, any stride, or fewer elements than lanes (the rest are zero) ------------
+// ---- loads: from any storage type, any stride, or fewer elements than lanes (the rest are zero) -
 
 template <class V>
 Reg<V> load(const Scalar<V>* p) {
@@ -82,7 +85,7 @@ Reg<V> load(const T* p, std::int64_t stride, std::int64_t count) {
   return count == V::kLanes ? load<V>(p) : load_partial<V>(p, count);
 }
 
-// ---- stores: rounding to any storage type -------------------------------------------------------------------
+// ---- stores: rounding to any storage type -------------------------------------------------------
 
 template <class V>
 void store(Scalar<V>* p, Reg<V> x) {
@@ -118,7 +121,7 @@ void store(T* p, Reg<V> x, std::int64_t count) {
   }
 }
 
-// ---- across lanes -------------------------------------------------------------------------------------------
+// ---- across lanes -------------------------------------------------------------------------------
 
 /// Lane i of the result is lane index(i) of a followed by b.
 template <class V, class Index, int... kLane>
@@ -149,7 +152,8 @@ template <class V, int kDistance, class Low, class High>
   }
 }
 
-/// Within each 16 bytes: the low (or high) halves of two vectors, groups of kGroup lanes from either in turn.
+/// Within each 16 bytes: the low (or high) halves of two vectors, groups of kGroup lanes from
+/// either in turn.
 template <class V, int kGroup, bool kHigh>
 constexpr auto kInterleave = [](int lane) constexpr {
   constexpr int kQuad = kQuadLanes<V>;
@@ -179,7 +183,8 @@ template <class V, int kDistance>
   }
 }
 
-/// Transposes a square of kLanes x kLanes: interleaving within 16 bytes, then picking every other 16 bytes.
+/// Transposes a square of kLanes x kLanes: interleaving within 16 bytes, then picking every other
+/// 16 bytes.
 template <class V>
 [[gnu::always_inline]] inline void transpose(Reg<V> (&row)[V::kLanes]) {
   constexpr int kLanes = V::kLanes, kQuad = kQuadLanes<V>;
@@ -196,7 +201,7 @@ template <class V>
   }
 }
 
-/// Adds up what the two halves of x hold, then of each half, until every 16 bytes hold the same sums.
+/// Adds the halves of x, then their halves, until every 16 bytes hold the same sums.
 template <class V, int kDistance = V::kLanes / 2>
 [[gnu::always_inline]] inline Reg<V> sum_blocks(Reg<V> x) {
   if constexpr (kDistance < kQuadLanes<V>) {
@@ -214,7 +219,7 @@ template <class V, int kGroup>
          shuffle<V>(a, b, kInterleave<V, kGroup, true>, AllLanes<V>{});
 }
 
-/// In the first lanes: the sum of all lanes of each x, in an order that doesn't depend on its index.
+/// In the first lanes: the sum of all lanes of each x, added in an order that is the same for each.
 template <class V>
 [[gnu::always_inline]] inline Reg<V> sum_lanes(const Reg<V> (&x)[kQuadLanes<V>]) {
   if constexpr (kQuadLanes<V> == 4) {

@@ -2,7 +2,8 @@
 //
 //   core_tests                        everything below, in under a minute
 //   core_tests --exhaustive-sigmoid   the sigmoid of every f32, prints its largest error (minutes)
-//   core_tests --active-isa           prints the ISA in use; the tests call it with NEURON_EXT_CPU_ISA set
+//   core_tests --active-isa           prints the ISA in use; the tests call it with
+//   NEURON_EXT_CPU_ISA set
 
 #include <algorithm>
 #include <bit>
@@ -30,24 +31,25 @@ namespace {
 using namespace neuron_ext;
 using namespace neuron_ext::cpu;
 
-// ---- reporting ------------------------------------------------------------------------------------
+// ---- reporting ----------------------------------------------------------------------------------
 
 int failures = 0;
 std::mutex report_mutex;
 
-#define CHECK(condition, message)                                                       \
-  do {                                                                                  \
-    if (!(condition)) {                                                                 \
-      std::ostringstream text;                                                          \
-      text << message;                                                                  \
-      const std::lock_guard lock(report_mutex);                                         \
-      if (++failures <= 20) std::cerr << __LINE__ << ": " << #condition << ": " << text.str() << '\n'; \
-    }                                                                                   \
+#define CHECK(condition, message)                                                  \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
+      std::ostringstream text;                                                     \
+      text << message;                                                             \
+      const std::lock_guard lock(report_mutex);                                    \
+      if (++failures <= 20)                                                        \
+        std::cerr << __LINE__ << ": " << #condition << ": " << text.str() << '\n'; \
+    }                                                                              \
   } while (false)
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
 
-// ---- threads --------------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------
 
 template <int kThreads>
 void run_on_threads(std::int64_t n, std::int64_t grain, ParallelFor::Body body,
@@ -66,7 +68,7 @@ ParallelFor on_threads() {
   return ParallelFor(run_on_threads<kThreads>, kThreads);
 }
 
-// ---- operands -------------------------------------------------------------------------------------
+// ---- operands -----------------------------------------------------------------------------------
 
 using Values = std::function<double(std::int64_t, std::int64_t)>;
 
@@ -164,7 +166,8 @@ struct Product {
     return result;
   }
 
-  /// What compute() must give where the reference's result is exact: rounded once, and nothing else written.
+  /// What compute() must give where the reference's result is exact: rounded once, and nothing else
+  /// written.
   Result expected(const ReferenceGemm& reference) const {
     const std::int64_t size = size_of(desc.dtype);
     Result result;
@@ -225,7 +228,7 @@ double exact_saved(std::int64_t i, std::int64_t j) {
   return outputs[static_cast<int>(integer(i + 11, j)) & 3];
 }
 
-// ---- gemm -----------------------------------------------------------------------------------------
+// ---- gemm ---------------------------------------------------------------------------------------
 
 /// Compares every ISA's result with the exact one, bit for bit.
 void check_exact(const Product& product) {
@@ -344,9 +347,10 @@ void test_error_bounds() {
                 const double store =
                     dtype == DType::kFloat32 ? 0 : spacing(dtype, exact) * 0.5 * (1 + 1e-3);
                 CHECK(error <= terms * eps * magnitude + store,
-                      product.name() << " at " << i << ", " << j << ": error " << error << " of "
-                                     << exact);
-                if (dtype == DType::kFloat32) worst = std::max(worst, error / (2 * eps * magnitude));
+                      product.name()
+                          << " at " << i << ", " << j << ": error " << error << " of " << exact);
+                if (dtype == DType::kFloat32)
+                  worst = std::max(worst, error / (2 * eps * magnitude));
               }
             }
           }
@@ -377,8 +381,8 @@ void test_fused_sigmoid() {
               const double exact = reference.d[i * n + j];
               const double limit = size_of(dtype) == 2 ? 0.501 : 1;
               CHECK(std::abs(product.d(result, i, j) - exact) <= limit * spacing(dtype, exact),
-                    product.name() << " at " << i << ", " << j << ": "
-                                   << product.d(result, i, j) << " for " << exact);
+                    product.name() << " at " << i << ", " << j << ": " << product.d(result, i, j)
+                                   << " for " << exact);
             }
           }
         }
@@ -451,7 +455,7 @@ void test_threads() {
   }
 }
 
-// ---- elementwise ----------------------------------------------------------------------------------
+// ---- elementwise --------------------------------------------------------------------------------
 
 template <class T>
 constexpr DType kDTypeOf = DType::kFloat32;
@@ -534,8 +538,8 @@ void check_sigmoid(const std::vector<T>& x, double limit) {
               << worst << " ULP over " << x.size() << " values\n";
     CHECK(worst <= limit, name_of(isa) << ' ' << name_of(kDTypeOf<T>) << ": " << worst << " ULP");
     if (first.empty()) first = y;
-    CHECK(same_values(first, y), name_of(isa) << ' ' << name_of(kDTypeOf<T>)
-                                            << " differs from " << name_of(supported_isas()[0]));
+    CHECK(same_values(first, y), name_of(isa) << ' ' << name_of(kDTypeOf<T>) << " differs from "
+                                              << name_of(supported_isas()[0]));
     for (std::size_t i = 0; i < x.size(); i += 997) {
       CHECK(same_values(sigmoid_of(std::vector<T>{x[i]}), std::vector<T>{y[i]}),
             name_of(isa) << ' ' << name_of(kDTypeOf<T>) << ": one element differs from many at "
@@ -552,14 +556,16 @@ void test_sigmoid() {
     set_active_isa(isa);
     const std::vector<float> y = sigmoid_of(std::vector<float>{inf, -inf, 0, -0.0f, -100, 1e30f});
     CHECK(same_bits(y, {1, 0, 0.5f, 0.5f, 0x1.b4ep-145f, 1}),
-          name_of(isa) << ": " << y[0] << ' ' << y[1] << ' ' << y[2] << ' ' << y[3] << ' ' << std::hexfloat << y[4]);
+          name_of(isa) << ": " << y[0] << ' ' << y[1] << ' ' << y[2] << ' ' << y[3] << ' '
+                       << std::hexfloat << y[4]);
   }
 }
 
 template <class T>
 void test_all_16_bit_values() {
   std::vector<T> x;
-  for (std::uint32_t bits = 0; bits < 65536; ++bits) x.push_back({static_cast<std::uint16_t>(bits)});
+  for (std::uint32_t bits = 0; bits < 65536; ++bits)
+    x.push_back({static_cast<std::uint16_t>(bits)});
   check_sigmoid(x, 0.501);
   for (Isa isa : supported_isas()) {
     set_active_isa(isa);
@@ -575,7 +581,8 @@ void test_all_16_bit_values() {
   }
 }
 
-/// The scalar conversions, against exact arithmetic in f64; the vectors' are compared with them in gemm.
+/// The scalar conversions, against exact arithmetic in f64; the vectors' are compared with them in
+/// gemm.
 template <class T>
 void test_narrowing() {
   for (std::uint64_t bits = 0; bits < std::uint64_t{1} << 32; bits += 4099) {
@@ -588,8 +595,9 @@ void test_narrowing() {
     const double unit = spacing(kDTypeOf<T>, x);
     const double exact = std::nearbyint(x / unit) * unit;  // ties to even
     const double largest = kDTypeOf<T> == DType::kFloat16 ? 65504 : 0x1.fep127;
-    const double expected =
-        std::abs(exact) > largest ? std::copysign(std::numeric_limits<double>::infinity(), x) : exact;
+    const double expected = std::abs(exact) > largest
+                                ? std::copysign(std::numeric_limits<double>::infinity(), x)
+                                : exact;
     CHECK(std::isinf(x) ? rounded == x : rounded == expected,
           name_of(kDTypeOf<T>) << " of " << x << " is " << rounded);
   }
@@ -654,11 +662,12 @@ void test_elementwise_views() {
             const T x_i = x[first + i * stride], y_i = y[first + i * stride];
             const A rest = 1 - widen(y_i);
             expected_forward[out_first + i * out_stride] = sigmoid_of(std::vector<T>{x_i})[0];
-            expected_backward[out_first + i * out_stride] = narrow<T>(widen(x_i) * rest * widen(y_i));
+            expected_backward[out_first + i * out_stride] =
+                narrow<T>(widen(x_i) * rest * widen(y_i));
           }
-          CHECK(same_bits(forward, expected_forward),
-                name_of(isa) << ' ' << name_of(kDType) << " n " << n << " strides " << stride
-                             << ", " << out_stride);
+          CHECK(same_bits(forward, expected_forward), name_of(isa) << ' ' << name_of(kDType)
+                                                                   << " n " << n << " strides "
+                                                                   << stride << ", " << out_stride);
           CHECK(same_bits(backward, expected_backward),
                 name_of(isa) << ' ' << name_of(kDType) << " backward, n " << n << " strides "
                              << stride << ", " << out_stride);
@@ -678,7 +687,7 @@ void test_elementwise_views() {
   }
 }
 
-// ---- instruction sets -----------------------------------------------------------------------------
+// ---- instruction sets ---------------------------------------------------------------------------
 
 bool throws_naming(const std::function<void()>& f, const std::string& what) {
   try {
@@ -719,7 +728,7 @@ void test_isas(const std::string& program) {
   CHECK(std::string(last_kernel()) == "gemm_f32_4x8_portable", last_kernel());
 }
 
-// ---- every f32 ------------------------------------------------------------------------------------
+// ---- every f32 ----------------------------------------------------------------------------------
 
 int run_exhaustive_sigmoid() {
   for (Isa isa : supported_isas()) {
