@@ -136,13 +136,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     effort = _QUICK if options.quick else _FULL
     jobs = [(case, _DTYPES[dtype], limit) for case in cases for dtype in dtypes for limit in limits]
     print(f"\n{report.LEGEND}\n\n{report.HEADING}", flush=True)
-    lines = []
+    lines: list[measure.Line] = []
     for number, (case, dtype, limit) in enumerate(jobs, 1):
         if sys.stderr.isatty():
             status = f"{number} of {len(jobs)}: {case.name} {report.short(dtype)}"
             print(f"\r\033[K{status}", end="\r", file=sys.stderr, flush=True)
         late = time.perf_counter() - start > _LAST_COMPILATION
-        line = measure.run(case, dtype, limit, effort, compiled and not late)
+        line = measure.run(case, dtype, limit, effort, compiled and not late, lines)
         if compiled and late:
             line.not_run["compile"] = f"not after {_LAST_COMPILATION // 60} minutes"
         lines.append(line)

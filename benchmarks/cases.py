@@ -56,6 +56,10 @@ class Case:
     def family(self) -> str:
         return self.name.partition("/")[0]
 
+    @property
+    def direction(self) -> str:
+        return self.name.rpartition("/")[2]
+
 
 def all_cases() -> list[Case]:
     """In the order in which they run."""
@@ -233,8 +237,9 @@ def _sigmoid() -> Iterator[Case]:
         count = 10**exponent
         name = f"sigmoid/1e{exponent}"
         quick = exponent in (4, 7)
-        yield Case(f"{name}/forward", partial(forward, count), Work(0, count, count), quick)
-        yield Case(f"{name}/backward", partial(backward, count), Work(0, 2 * count, count), quick)
+        yield Case(f"{name}/forward", partial(forward, count), Work(0, count, count, count), quick)
+        work = Work(0, 2 * count, count, count)
+        yield Case(f"{name}/backward", partial(backward, count), work, quick)
 
 
 def _training() -> Iterator[Case]:
@@ -310,8 +315,9 @@ def _layer_work(
     """``products`` is 1 for the output, 2 for both gradients, 3 for all of them."""
     operands, result = m * k + k * n + n, m * n
     if products == 2:
-        return Work(4 * m * n * k, operands + result + extra_read, operands)
-    return Work(2 * products * m * n * k, operands + extra_read, result, cold)
+        largest = max(m * k, k * n)
+        return Work(4 * m * n * k, operands + result + extra_read, operands, largest)
+    return Work(2 * products * m * n * k, operands + extra_read, result, result, cold)
 
 
 def _stack_work(features: Sequence[int], batch: int, products: int) -> Work:

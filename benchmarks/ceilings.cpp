@@ -8,6 +8,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__unix__)
+#include <sys/mman.h>
+#endif
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -228,6 +231,25 @@ void copy_memory_past_caches([[maybe_unused]] const char* source, [[maybe_unused
   }
 #else
   copy_memory(source, target, bytes, passes);
+#endif
+}
+
+/// Takes `bytes` from the system, touches every page and gives them back, `passes` times: what a
+/// result costs that is too large for the allocator to keep. Returns whether there was memory.
+bool take_fresh_memory([[maybe_unused]] std::int64_t bytes, [[maybe_unused]] std::int64_t passes) {
+#if defined(__unix__)
+  for (std::int64_t pass = 0; pass < passes; ++pass) {
+    const auto size = static_cast<std::size_t>(bytes);
+    void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return false;
+    for (std::int64_t at = 0; at < bytes; at += 4096) {
+      static_cast<volatile char*>(memory)[at] = 1;
+    }
+    munmap(memory, size);
+  }
+  return true;
+#else
+  return false;
 #endif
 }
 

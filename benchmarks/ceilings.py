@@ -23,6 +23,9 @@ _SECONDS = 0.06  # of one measurement; the best of _REPEATS counts
 _REPEATS = 5
 _MOST_MEMORY = 1 << 30
 
+# glibc's malloc returns results above this to the system, and so does torch.
+_FRESH_ABOVE = 32 << 20
+
 # What each instruction set adds to the one before, as compilers name it, and as Linux does.
 _FEATURES = {
     "portable": {},
@@ -48,12 +51,14 @@ _BF16_PRODUCTS = {torch.float32: 6, torch.float16: 3, torch.bfloat16: 1}
 class Work:
     """The least that one call must do, whatever the kernel.
 
-    ``read`` and ``written`` count elements. ``cold`` says that what is read can't be in a cache.
+    ``read`` and ``written`` count elements; ``result`` those of the largest tensor that is made.
+    ``cold`` says that what is read can't be in a cache.
     """
 
     flops: float = 0
     read: float = 0
     written: float = 0
+    result: float = 0
     cold: bool = False
 
 
@@ -74,6 +79,7 @@ class Ceilings:
     threads: int
     peaks: dict[str, float] = field(default_factory=dict)
     bandwidths: list[Bandwidth] = field(default_factory=list)
+    fresh: float = 0  # bytes per second of memory that the system hands out, 0 if not measured
     not_measured: dict[str, str] = field(default_factory=dict)  # what, and why
 
     def least_seconds(self, work: Work, dtype: torch.dtype) -> tuple[float, str]:
@@ -88,6 +94,8 @@ class Ceilings:
                 + max(work.read - work.written, 0) / bandwidth.read
             ) * dtype.itemsize
             limits.append((seconds, bandwidth.level))
+        if self.fresh and work.result * dtype.itemsize > _FRESH_ABOVE:
+            limits.append((work.result * dtype.itemsize / self.fresh, "fresh memory"))
         return max(limits)
 
     def _rates(self, dtype: torch.dtype) -> list[tuple[str, float]]:
@@ -117,7 +125,7 @@ def measure(threads: int) -> Ceilings:
         library = _library()
     except RuntimeError as error:
         return Ceilings(threads, not_measured={"all ceilings": str(error)})
-    ceilings = Ceilings(threads)
+    ceilings = Ceilings(threads, fresh=_measure_fresh(library, threads))
     for name, (function, _) in _PEAKS.items():
         rate = _peak(getattr(library, function), threads)
         if rate:
@@ -152,6 +160,8 @@ def _library() -> ctypes.CDLL:
         getattr(library, function).argtypes = [size]
         getattr(library, function).restype = ctypes.c_double
     library.read_memory.argtypes = [pointer, size, size]
+    library.take_fresh_memory.argtypes = [size, size]
+    library.take_fresh_memory.restype = ctypes.c_bool
     for copy in (library.copy_memory, library.copy_memory_past_caches):
         copy.argtypes = [pointer, pointer, size, size]
     return library
@@ -226,3 +236,13 @@ def _measure_bandwidth(library: ctypes.CDLL, level: str, size: int, threads: int
         return size * threads * passes / seconds
 
     return Bandwidth(level, size * threads, rate(read), max(rate(copy), rate(copy_past_caches)))
+
+
+def _measure_fresh(library: ctypes.CDLL, threads: int) -> float:
+    size = 2 * _FRESH_ABOVE // threads
+    if not library.take_fresh_memory(size, 1):
+        return 0
+    seconds, passes = _best_seconds(
+        lambda thread, passes: library.take_fresh_memory(size, passes), threads
+    )
+    return size * threads * passes / seconds

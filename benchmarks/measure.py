@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from neuron_ext import backends
 
 _LEAST_ROUNDS = 3
 _MOST_SECONDS = 15.0  # of one line, however slow: then even fewer rounds will do
+_MOST_EXPECTED = 20.0  # seconds that torch may need for a call, as its last line of the kind says
 _SLOW = 3.0  # seconds: a call that takes longer isn't repeated, nor compiled
 _ELEMENTS_AT_ONCE = 4  # of memory for each one read or written: two sides, inputs and results
 
@@ -74,6 +75,16 @@ class Line:
         return max(self.times[side].quarter / self.times[side].median for side in ("ours", "torch"))
 
 
+def _expected_seconds(lines: Sequence[Line], case: Case, dtype: torch.dtype, threads: int) -> float:
+    """Of a call of torch, at the speed of the last case of the family; 0 where there was none."""
+    kind = (case.family, case.direction, dtype, threads)
+    for line in reversed(lines):
+        last = (line.case.family, line.case.direction, line.dtype, line.threads)
+        if last == kind and line.times and line.case.work.flops:
+            return line.times["torch"].median * case.work.flops / line.case.work.flops
+    return 0
+
+
 def _compile(function: Function) -> Function:
     # A backward pass that is repeated can't overwrite what it reads.
     functorch_config.donated_buffer = False
@@ -89,16 +100,30 @@ def _autotune(function: Function) -> Function:
     )
 
 
-def run(case: Case, dtype: torch.dtype, ceilings: Ceilings, effort: Effort, compiled: bool) -> Line:
-    """One line. What can't be run is named in it, and nothing is raised."""
+def run(
+    case: Case,
+    dtype: torch.dtype,
+    ceilings: Ceilings,
+    effort: Effort,
+    compiled: bool,
+    before: Sequence[Line] = (),
+) -> Line:
+    """One line. What can't be run is named in it, and nothing is raised.
+
+    ``before`` are lines already run, by which torch may turn out to be too slow to wait for.
+    """
     line = Line(case, dtype, ceilings.threads)
+    expected = _expected_seconds(before, case, dtype, ceilings.threads)
+    if expected > _MOST_EXPECTED:
+        line.not_run["ours"] = f"torch would take about {expected:.0f} s a call"
+        return line
     needed = _ELEMENTS_AT_ONCE * (case.work.read + case.work.written) * dtype.itemsize
     available = machine.available_memory()
     if available is not None and needed > available:
         line.not_run["ours"] = f"needs {needed / 2**30:.1f} GiB of memory"
         return line
 
-    before = torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(ceilings.threads)
     try:
         torch.manual_seed(0)
@@ -108,7 +133,7 @@ def run(case: Case, dtype: torch.dtype, ceilings: Ceilings, effort: Effort, comp
     except Exception as error:  # of torch as of ours: the other lines can still be run
         line.not_run["ours"] = _in_short(error)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
         torch.compiler.reset()  # or the next case is a recompilation of this one
     line.least_seconds, line.ceiling = ceilings.least_seconds(case.work, dtype)
     return line

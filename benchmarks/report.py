@@ -67,6 +67,8 @@ def ceilings_table(ceilings: Iterable[Ceilings]) -> str:
                 f"  {threads:<11}{b.level:<12}{b.read / 1e9:9.1f} GB/s read"
                 f"{b.copy / 1e9:10.1f} GB/s copied (read + written)"
             )
+        if measured.fresh:
+            rows.append(f"  {threads:<11}fresh memory{measured.fresh / 1e9:9.1f} GB/s")
         for name, reason in measured.not_measured.items():
             rows.append(f"  {threads:<11}{name}: not measured: {reason}")
     return "\n".join(rows)
@@ -95,14 +97,14 @@ def summary(lines: Sequence[Line]) -> str:
     dtypes = list(dict.fromkeys(line.dtype for line in timed))
     columns = [(dtype, count) for dtype in dtypes for count in threads]
     parts.append(f"  {'family':<12}" + "".join(f"{f'{short(d)}, {t} thr':>13}" for d, t in columns))
-    for family in dict.fromkeys(line.case.family for line in timed):
+    for family in (*dict.fromkeys(line.case.family for line in timed), "all"):
         means = [
             geometric_mean(
                 line
                 for line in timed
-                if (line.case.family, line.dtype, line.threads) == (family, dtype, count)
+                if (line.dtype, line.threads) == column and family in (line.case.family, "all")
             )
-            for dtype, count in columns
+            for column in columns
         ]
         parts.append(f"  {family:<12}" + "".join(f"{_ratio(mean):>13}" for mean in means))
 

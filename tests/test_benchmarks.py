@@ -67,6 +67,21 @@ def test_what_cannot_run_says_why() -> None:
         assert "GiB of memory" in line.not_run["ours"]
 
 
+def test_torch_is_not_waited_for() -> None:
+    small, large = (
+        Case(
+            f"tall/{size}/forward",
+            lambda dtype: Problem(len, len, lambda f: f),
+            ceilings.Work(size),
+        )
+        for size in (1, 1000)
+    )
+    once = measure.Times(median=1, quarter=0, least=1, count=1)
+    before = [measure.Line(small, torch.float32, 1, {"ours": once, "torch": once})]
+    line = measure.run(large, torch.float32, NO_CEILINGS, BRIEFLY, compiled=False, before=before)
+    assert line.not_run == {"ours": "torch would take about 1000 s a call"}
+
+
 def test_least_seconds() -> None:
     measured = ceilings.Ceilings(
         threads=1,
@@ -85,6 +100,11 @@ def test_least_seconds() -> None:
     assert measured.least_seconds(cold, torch.float32) == (20, "memory")
     copied = ceilings.Work(read=500, written=500)
     assert measured.least_seconds(copied, torch.float32) == (500, "memory")
+
+    with_system = ceilings.Ceilings(threads=1, fresh=2.0**20)
+    large = ceilings.Work(read=2.0**24, written=2.0**24, result=2.0**24)
+    assert with_system.least_seconds(large, torch.float32) == (64, "fresh memory")
+    assert with_system.least_seconds(large, torch.bfloat16) == (0, "")
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
