@@ -21,7 +21,7 @@ struct Vector {
   typedef S Reg __attribute__((vector_size(16)));
 
   static Reg set1(S x) {
-    Reg lanes;
+    Reg lanes = {};
     for (int i = 0; i < kLanes; ++i) lanes[i] = x;
     return lanes;
   }
@@ -44,12 +44,12 @@ struct VectorF32 : Vector<float> {
   typedef std::uint16_t Halves __attribute__((vector_size(8)));
 
   static Reg widen(Halves h) {
-    Reg lanes;
+    Reg lanes = {};
     for (int i = 0; i < kLanes; ++i) lanes[i] = cpu::widen(Float16{h[i]});
     return lanes;
   }
   static Halves narrow(Reg x) {
-    Halves lanes;
+    Halves lanes = {};
     for (int i = 0; i < kLanes; ++i) lanes[i] = cpu::narrow<Float16>(x[i]).bits;
     return lanes;
   }
