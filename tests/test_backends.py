@@ -1,0 +1,192 @@
+"""The choice of CPU kernels, and what is said about them."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import DTYPES, name_of
+
+import neuron_ext
+from neuron_ext import backends, functional
+
+SHORT_NAMES = dict(zip(DTYPES, ("f32", "f64", "bf16", "f16"), strict=True))
+ISAS = ("portable", "avx2", "avx512")
+
+
+def test_supported_isas_are_in_order() -> None:
+    supported = backends.supported_cpu_isas()
+    assert supported[0] == "portable"
+    assert list(supported) == [isa for isa in ISAS if isa in supported]
+    assert backends.cpu_isa() in supported
+
+
+def test_the_best_isa_is_the_default() -> None:
+    assert run("print(backends.cpu_isa())") == backends.supported_cpu_isas()[-1]
+
+
+def test_setting_the_isa() -> None:
+    before = backends.cpu_isa()
+    try:
+        for isa in backends.supported_cpu_isas():
+            backends.set_cpu_isa(isa)
+            assert backends.cpu_isa() == isa
+    finally:
+        backends.set_cpu_isa(before)
+    for isa in backends.supported_cpu_isas():
+        with backends.use_cpu_isa(isa):
+            assert backends.cpu_isa() == isa
+            with backends.use_cpu_isa("portable"):
+                assert backends.cpu_isa() == "portable"
+            assert backends.cpu_isa() == isa
+    with pytest.raises(KeyError), backends.use_cpu_isa("portable"):
+        raise KeyError
+    assert backends.cpu_isa() == before
+
+
+@pytest.mark.parametrize("wrong", ["", "AVX2", "sse", "avx512 "], ids=repr)
+def test_an_unknown_isa_is_refused(wrong: str) -> None:
+    before = backends.cpu_isa()
+    with pytest.raises(ValueError, match=f"'{wrong}'.*portable"):
+        backends.set_cpu_isa(wrong)
+    with pytest.raises(ValueError, match=f"'{wrong}'"), backends.use_cpu_isa(wrong):
+        pass
+    assert backends.cpu_isa() == before
+    with pytest.raises(TypeError):
+        backends.set_cpu_isa(None)
+
+
+@pytest.mark.skipif(
+    len(backends.supported_cpu_isas()) == len(ISAS), reason="this CPU has every instruction set"
+)
+def test_an_isa_that_this_cpu_lacks_is_refused() -> None:
+    for isa in set(ISAS) - set(backends.supported_cpu_isas()):
+        with pytest.raises(ValueError, match=isa):
+            backends.set_cpu_isa(isa)
+
+
+def test_kernels_are_rows_best_first() -> None:
+    rows = backends.kernels()
+    assert len({row.name for row in rows}) == len(rows)
+    assert {row.isa for row in rows} <= set(ISAS)
+    order = [ISAS.index(row.isa) for row in rows]
+    assert order == sorted(order, reverse=True)
+    for row in rows:
+        assert row.runnable == (row.isa in backends.supported_cpu_isas())
+        assert row.isa in row.name
+        assert set(row.dtypes) <= set(SHORT_NAMES.values())
+    for isa in ISAS:
+        of_isa = [row for row in rows if row.isa == isa]
+        assert {d for row in of_isa for d in row.dtypes} == set(SHORT_NAMES.values()), isa
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_the_kernels_that_run_are_of_the_chosen_isa(dtype: torch.dtype, isa: str) -> None:
+    x, w = torch.ones(40, 30, dtype=dtype), torch.ones(50, 30, dtype=dtype)
+    rows = {row.name: row for row in backends.kernels()}
+    for call in (
+        lambda: functional.linear(x, w),
+        lambda: functional.linear(x[:1], w),
+        lambda: functional.linear_sigmoid(x, w),
+        lambda: functional.mlp(x, [w]),
+    ):
+        call()
+        row = rows[backends.last_kernel()]
+        assert row.isa == isa
+        assert SHORT_NAMES[dtype] in row.dtypes
+
+
+def test_the_last_kernel_is_of_this_thread() -> None:
+    functional.linear(torch.ones(40, 30), torch.ones(50, 30))
+    here = backends.last_kernel()
+    assert here
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(backends.last_kernel).result() == ""
+        pool.submit(
+            functional.linear, torch.ones(9, 9).double(), torch.ones(9, 9).double()
+        ).result()
+        assert "f64" in pool.submit(backends.last_kernel).result()
+    assert backends.last_kernel() == here
+
+
+def test_isas_agree(seed: int) -> None:
+    """On the same inputs: sums to the accuracy of sums, sigmoids to an ULP or two."""
+    x, w, b = torch.randn(67, 129), torch.randn(93, 129), torch.randn(93)
+    results = []
+    for isa in backends.supported_cpu_isas():
+        with backends.use_cpu_isa(isa):
+            results.append((functional.linear(x, w, b), functional.sigmoid(x)))
+    largest = x.abs() @ w.abs().T + b.abs()
+    for linear, sigmoid in results[1:]:
+        assert ((linear - results[0][0]).abs() <= 8 * torch.finfo().eps * largest).all()
+        torch.testing.assert_close(sigmoid, results[0][1], rtol=3 * torch.finfo().eps, atol=0)
+
+
+def test_show_config() -> None:
+    text = neuron_ext.show_config()
+    for part in (neuron_ext.__version__, torch.__version__, backends.cpu_isa(), "CUDA kernels"):
+        assert part in text
+    for row in backends.kernels():
+        assert row.name in text
+    assert isinstance(backends.cuda_is_built(), bool)
+
+
+# ---- the environment
+
+
+def run(code: str, **environment: str) -> str:
+    """Output of a fresh interpreter, or what it ended with."""
+    program = f"import torch\nfrom neuron_ext import backends, functional\n{code}"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("NEURON_EXT_")}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return result.stdout.strip() if result.returncode == 0 else result.stderr.strip()
+
+
+@pytest.mark.parametrize("chosen", backends.supported_cpu_isas())
+def test_the_environment_chooses_the_isa(chosen: str) -> None:
+    code = "functional.linear(torch.ones(8, 8), torch.ones(8, 8)); print(backends.last_kernel())"
+    assert chosen in run(code, NEURON_EXT_CPU_ISA=chosen)
+
+
+def test_an_isa_in_the_environment_that_does_not_exist() -> None:
+    message = run("print('imported')", NEURON_EXT_CPU_ISA="mmx")
+    assert "NEURON_EXT_CPU_ISA" in message
+    assert "mmx" in message
+    assert "portable" in message
+    assert "imported" not in message
+
+
+STATE = """
+import os, sys
+import torch
+from torch import nn
+
+def state():
+    smallest = torch.tensor([1e-40]) * 0.5, 5e-324 / 2 + 5e-324  # gone where they are flushed to 0
+    threads = torch.get_num_threads(), torch.get_num_interop_threads()
+    modes = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    defaults = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    functions = nn.functional.linear, torch.sigmoid, nn.Linear.forward, nn.Sigmoid.forward
+    process = dict(os.environ), sys.flags, sys.getswitchinterval(), torch.get_rng_state().tolist()
+    return smallest, threads, modes, defaults, functions, process
+
+before = state()
+import neuron_ext
+print(before == state())
+"""
+
+
+def test_importing_changes_nothing_else() -> None:
+    """Threads, rounding of small numbers, random numbers, modes, environment, torch's functions."""
+    result = subprocess.run(
+        [sys.executable, "-c", STATE], capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout.strip() == "True", result.stderr
