@@ -8,6 +8,7 @@ torch.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -193,22 +194,25 @@ def _linear_backward_flops(
 @register_flop_formula(_ops.mlp_backward)
 def _mlp_backward_flops(
     grad_output: Sequence[int],
-    input: Sequence[int],
-    weights: Sequence[Sequence[int]],
+    input: Sequence[int] | None,
+    weights: Sequence[Sequence[int] | None],
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """Each wanted weight gradient, and each step back to the first layer that wants any."""
-    *_, output_mask = args
-    depth = len(weights)
-    rows = math.prod(input[:-1])
-    first = min(
-        (i for i in range(depth) if output_mask[1 + i] or output_mask[1 + depth + i]), default=depth
-    )
-    return sum(
-        (output_mask[1 + i] + (i > first or output_mask[0])) * _layer_flops(rows, weight)
-        for i, weight in enumerate(weights)
-    )
+    """Each wanted weight gradient, and each step back towards the first gradient wanted."""
+    *_, hidden_features, output_mask = args
+    *lead, out_features = grad_output
+    first = weights[0]
+    in_features = input[-1] if input is not None else first[1] if first is not None else 0
+    features = [in_features, *hidden_features, out_features]
+    flops = 0
+    for i, layer in enumerate(itertools.pairwise(features)):
+        wants_before = any(output_mask[: 1 + i]) or any(
+            output_mask[1 + len(weights) : 1 + len(weights) + i]
+        )
+        products = int(wants_before) + int(output_mask[1 + i])
+        flops += products * _layer_flops(math.prod(lead), layer)
+    return flops
 
 
 def _call(op: torch._ops.OpOverload, *args: Any) -> Tensor:
@@ -290,37 +294,37 @@ def _linear_sigmoid_backward_decomposed(
 
 def _mlp_backward_decomposed(
     grad_output: Tensor,
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    output: Tensor,
+    input: Tensor | None,
+    weights: Sequence[Tensor | None],
+    places: Sequence[Tensor | None],
+    output: Tensor | None,
     hidden: Tensor,
-    output_activation: str | None,
+    hidden_features: Sequence[int],
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients wanted by ``output_mask`` = (input, weights..., biases...), in that order."""
+    """Gradients wanted by ``output_mask`` = (input, weights..., biases...), in that order.
+
+    What no wanted gradient takes may be None; ``output`` is there if a sigmoid made it. ``places``
+    matter to derivatives of the result alone.
+    """
     depth = len(weights)
-    *lead, _ = input.shape
-    sizes = [input.shape[:-1].numel() * w.shape[0] for w in weights[:-1]]
+    *lead, _ = grad_output.shape
+    sizes = [math.prod(lead) * features for features in hidden_features]
     inputs = [input] + [
-        part.view(*lead, w.shape[0])
-        for part, w in zip(torch.split(hidden, sizes), weights[:-1], strict=True)
+        part.view(*lead, features)
+        for part, features in zip(torch.split(hidden, sizes), hidden_features, strict=True)
     ]
     grads: list[Tensor | None] = [None] * (1 + 2 * depth)
-    grad = grad_output
-    if output_activation == "sigmoid":
-        grad = _sigmoid_backward_decomposed(grad, output)
+    grad = grad_output if output is None else _sigmoid_backward_decomposed(grad_output, output)
     for i in reversed(range(depth)):
-        wanted = (
-            i > 0 or output_mask[0],
-            output_mask[1 + i],
-            output_mask[1 + depth + i],
-        )
-        grad_input, grads[1 + i], grads[1 + depth + i] = _linear_backward_decomposed(
+        wants_before = any(output_mask[: 1 + i]) or any(output_mask[1 + depth : 1 + depth + i])
+        wanted = (wants_before, output_mask[1 + i], output_mask[1 + depth + i])
+        before, grads[1 + i], grads[1 + depth + i] = _linear_backward_decomposed(
             grad, inputs[i], weights[i], wanted
         )
-        if grad_input is None:
+        layer_input = inputs[i]
+        if before is None or layer_input is None or i == 0:
+            grads[0] = before
             break
-        grad = grad_input if i == 0 else _sigmoid_backward_decomposed(grad_input, inputs[i])
-    grads[0] = grad
+        grad = _sigmoid_backward_decomposed(before, layer_input)
     return [g for g, wanted in zip(grads, output_mask, strict=True) if wanted and g is not None]

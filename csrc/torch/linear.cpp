@@ -48,9 +48,6 @@ Tensor call_layer(Activation f, const Tensor& input, const Tensor& weight,
 /// `input`, `weight` and `output` may be undefined here and below; see ops.h for when.
 Gradients call_layer_backward(Activation f, const Tensor& grad_output, const Tensor& input,
                               const Tensor& weight, const Tensor& output, Mask mask) {
-  const auto optional = [](const Tensor& t) {
-    return t.defined() ? OptionalTensor(t) : std::nullopt;
-  };
   return f == Activation::kSigmoid
              ? neuron_ext::linear_sigmoid_backward(grad_output, optional(input), optional(weight),
                                                    output, mask)
@@ -233,8 +230,7 @@ class LayerBackwardFunction : public torch::autograd::Function<LayerBackwardFunc
       Tensor g = u.defined() ? neuron_ext::linear(u, w) : Tensor();
       if (v.defined() || s.defined()) {
         const Tensor term =
-            v.defined() ? neuron_ext::linear(x, v, s.defined() ? OptionalTensor(s) : std::nullopt)
-                        : s.expand_symint(dy.sym_sizes());
+            v.defined() ? neuron_ext::linear(x, v, optional(s)) : s.expand_symint(dy.sym_sizes());
         g = g.defined() ? g + term : term;
       }
       if (for_dy) result[0] = f == Activation::kSigmoid ? neuron_ext::sigmoid_backward(g, y) : g;
@@ -360,6 +356,7 @@ void register_layer(torch::Library& library, const char* name) {
   using c10::DispatchKey;
   library.impl(name, torch::dispatch(DispatchKey::CompositeExplicitAutograd, layer_aten<f>));
   library.impl(name, torch::dispatch(DispatchKey::FuncTorchBatched, layer_aten<f>));
+  library.impl(name, torch::dispatch(DispatchKey::Batched, layer_aten<f>));
   library.impl(name, torch::dispatch(DispatchKey::CPU, layer_cpu<f>));
   library.impl(name, torch::dispatch(DispatchKey::Meta, layer_meta<f>));
   library.impl(name, torch::dispatch(DispatchKey::Autograd, layer_autograd<f>));
@@ -373,6 +370,7 @@ void impl_backward(torch::Library& library, const char* name, Function aten, Fun
   using c10::DispatchKey;
   library.impl(name, torch::dispatch(DispatchKey::CompositeExplicitAutograd, aten));
   library.impl(name, torch::dispatch(DispatchKey::FuncTorchBatched, aten));
+  library.impl(name, torch::dispatch(DispatchKey::Batched, aten));
   library.impl(name, torch::dispatch(DispatchKey::CPU, cpu));
   library.impl(name, torch::dispatch(DispatchKey::Meta, meta));
   library.impl(name, torch::dispatch(DispatchKey::Autograd, autograd));

@@ -2,13 +2,21 @@
 // graph. The stages are those of linear.cpp. With gradients in view, mlp_forward also returns the
 // outputs of the hidden layers, end to end in one tensor: h_1, h_2, ..., each (batch, n_i) and
 // contiguous.
+//
+// mlp_backward takes what its wanted gradients take, as torch's layers save it: the input for the
+// first weight's gradient, a weight for those of what comes before it, the output if a sigmoid made
+// it. Its derivative is the total one: hidden and output count as the functions of input, weights
+// and biases that they are. `places` stand in the graph for those of them that aren't there
+// themselves.
 
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/sigmoid.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -105,8 +113,8 @@ OutputAndHidden mlp_forward_by_layers(const Tensor& input, TensorList weights,
 // ---- CPU
 // -----------------------------------------------------------------------------------------------
 
-/// `rows` rows of hidden layer outputs at `data`, contiguous.
-RowsView rows_at(void* data, std::int64_t rows, std::int64_t columns) {
+/// `rows` contiguous rows at `data`.
+RowsView rows_at(const void* data, std::int64_t rows, std::int64_t columns) {
   return {Tensor(), data, rows, columns, columns, 1};
 }
 
@@ -163,97 +171,147 @@ OutputAndHidden mlp_forward_cpu(const Tensor& input, TensorList weights,
   return {output, hidden};
 }
 
-void check_mlp_backward(const Tensor& grad_output, const Tensor& input, TensorList weights,
-                        const OptionalTensors& biases, const Tensor& output, const Tensor& hidden,
-                        const Name& output_activation, const c10::List<bool>& mask) {
-  check_stack(weights, biases.size(), output_activation);
-  check_layers(input, weights, biases);
-  const auto features = weights.back().sym_size(0);
-  check_rows("mlp_backward", "grad_output", grad_output, input, features);
-  check_rows("mlp_backward", "output", output, input, features);
-  c10::SymInt width = 0;
-  for (size_t i = 0; i + 1 < weights.size(); ++i) width += weights[i].sym_size(0);
-  c10::SymInt rows = 1;
-  for (std::int64_t i = 0; i + 1 < input.dim(); ++i) rows *= input.sym_size(i);
-  TORCH_CHECK(
-      hidden.dim() == 1 && hidden.sym_size(0).sym_eq(rows * width).expect_true(__FILE__, __LINE__),
-      "mlp_backward: hidden has shape ", shape_of(hidden), ", expected (", rows * width, ",)");
-  TORCH_CHECK(mask.size() == 1 + 2 * weights.size(), "mlp_backward: output_mask has ", mask.size(),
-              " entries, expected ", 1 + 2 * weights.size(), ": input, weights, biases");
-}
+/// mlp_backward's arguments: the same for every stage.
+struct Backward {
+  const Tensor& grad_output;
+  const OptionalTensor& input;
+  const OptionalTensors& weights;
+  const OptionalTensors& places;  // input, weights, biases
+  const OptionalTensor& output;
+  const Tensor& hidden;
+  c10::SymIntArrayRef hidden_features;
+  const c10::List<bool>& mask;  // input, weights, biases
 
-std::vector<Tensor> mlp_backward_by_layers(const Tensor& grad_output, const Tensor& input,
-                                           TensorList weights, const OptionalTensors& biases,
-                                           const Tensor& output, const Tensor& hidden,
-                                           const Name& output_activation,
-                                           const c10::List<bool>& mask);
-
-bool kernels_take_backward(const Tensor& grad_output, const Tensor& input, TensorList weights,
-                           const OptionalTensors& biases, const Tensor& output,
-                           const Tensor& hidden) {
-  return kernels_take_stack(input, weights, biases) && goes_with(input, grad_output) &&
-         goes_with(input, output) && goes_with(input, hidden);
-}
-
-std::vector<Tensor> mlp_backward_cpu(const Tensor& grad_output, const Tensor& input,
-                                     TensorList weights, const OptionalTensors& biases,
-                                     const Tensor& output, const Tensor& hidden,
-                                     Name output_activation, const c10::List<bool>& mask) {
-  if (!kernels_take_backward(grad_output, input, weights, biases, output, hidden)) {
-    return mlp_backward_by_layers(grad_output, input, weights, biases, output, hidden,
-                                  output_activation, mask);
+  size_t depth() const { return weights.size(); }
+  Tensor weight(size_t layer) const { return value_or_undefined(weights.get(layer)); }
+  Tensor place(size_t i) const { return value_or_undefined(places.get(i)); }
+  bool wants_input() const { return mask.get(0); }
+  bool wants_weight(size_t layer) const { return mask.get(1 + layer); }
+  bool wants_bias(size_t layer) const { return mask.get(1 + depth() + layer); }
+  /// Whether any gradient before that of `layer`'s own parameters is wanted.
+  bool wants_before(size_t layer) const {
+    bool wanted = wants_input();
+    for (size_t i = 0; i < layer; ++i) wanted = wanted || wants_weight(i) || wants_bias(i);
+    return wanted;
   }
-  check_mlp_backward(grad_output, input, weights, biases, output, hidden, output_activation, mask);
-  const size_t depth = weights.size();
-  const RowsView x = as_rows(input);
-  const Tensor dense_hidden = hidden.contiguous();
+  c10::SymInt out_features(size_t layer) const {
+    return layer + 1 < depth() ? hidden_features[layer] : grad_output.sym_size(-1);
+  }
+  Activation activation(size_t layer) const {
+    return layer + 1 < depth() || output.has_value() ? Activation::kSigmoid : Activation::kIdentity;
+  }
+
+  template <class F>
+  void for_each_tensor(const F& f) const {
+    f(grad_output);
+    f(value_or_undefined(input));
+    f(value_or_undefined(output));
+    f(hidden);
+    for (size_t i = 0; i < depth(); ++i) f(weight(i));
+    for (size_t i = 0; i < places.size(); ++i) f(place(i));
+  }
+  bool kernels_take() const {
+    bool all = is_kernel_tensor(grad_output);
+    for_each_tensor([&](const Tensor& t) { all = all && goes_with(grad_output, t); });
+    return all;
+  }
+  void check() const;
+};
+
+void Backward::check() const {
+  const char* where = "mlp_backward";
+  const size_t n = depth();
+  TORCH_CHECK_VALUE(n > 0 && hidden_features.size() == n - 1 && mask.size() == 1 + 2 * n &&
+                        places.size() == mask.size(),
+                    where, ": got ", n, " weights, ", hidden_features.size(),
+                    " hidden_features, an output_mask of ", mask.size(), " and ", places.size(),
+                    " places; expected n, n - 1, 1 + 2 n and 1 + 2 n, n at least 1");
+  TORCH_CHECK(grad_output.dim() >= 1, where,
+              ": grad_output has shape (), expected (*, out_features)");
+  const auto fits = [](const Tensor& t, size_t dim, const c10::SymInt& size) {
+    return t.sym_size(dim).sym_eq(size).expect_true(__FILE__, __LINE__);
+  };
+  for (size_t i = 0; i < n; ++i) {
+    if (!wants_before(i)) continue;
+    const Tensor w = weight(i);
+    TORCH_CHECK(w.defined(), where, ": weights[", i, "] is None, but a wanted gradient takes it");
+    TORCH_CHECK(
+        w.dim() == 2 && fits(w, 0, out_features(i)) &&
+            (i == 0 || fits(w, 1, hidden_features[i - 1])),
+        where, ": weights[", i, "] has shape ", shape_of(w), ", expected (", out_features(i),
+        i == 0 ? std::string(", in_features)") : c10::str(", ", hidden_features[i - 1], ")"));
+  }
+  if (wants_weight(0)) {
+    TORCH_CHECK(input.has_value(), where,
+                ": input is None, but the first weight's gradient takes it");
+    check_rows(where, "grad_output", grad_output, *input, grad_output.sym_size(-1));
+  }
+  if (output.has_value()) {
+    check_rows(where, "output", *output, grad_output, grad_output.sym_size(-1));
+  }
+  c10::SymInt size = 0;
+  for (const auto& features : hidden_features) size += features;
+  for (std::int64_t i = 0; i + 1 < grad_output.dim(); ++i) size *= grad_output.sym_size(i);
+  TORCH_CHECK(hidden.dim() == 1 && fits(hidden, 0, size), where, ": hidden has shape ",
+              shape_of(hidden), ", expected (", size, ",)");
+}
+
+std::vector<Tensor> mlp_backward_by_layers(const Backward& call);
+
+std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
+  if (!call.kernels_take()) return mlp_backward_by_layers(call);
+  call.check();
+  const size_t depth = call.depth();
+  const auto dtype = call.grad_output.scalar_type();
+  RowsView dy = as_rows(call.grad_output);
+  OptionalRows y = call.output.has_value() ? OptionalRows(as_rows(*call.output)) : std::nullopt;
+  const std::int64_t rows = dy.rows;
+  const Tensor hidden = call.hidden.contiguous();
   const std::int64_t size = hidden.element_size();
-  const auto dtype = input.scalar_type();
-  const auto wanted = [&](size_t i) { return mask.get(i); };
+  const auto in_features = [&](size_t layer) {
+    return call.hidden_features[layer - 1].expect_int();
+  };
 
-  // Gradients of hidden layers' outputs, in two buffers that take turns.
+  // Gradients of the hidden layers' outputs, in two buffers that take turns.
   std::int64_t widest = 0;
-  for (size_t i = 1; i < depth; ++i) widest = std::max(widest, weights[i].size(1));
-  Tensor buffers = empty_cpu({2, x.rows * widest}, dtype);
-  auto* buffer = static_cast<char*>(buffers.mutable_data_ptr());
+  for (size_t i = 1; i < depth; ++i) widest = std::max(widest, in_features(i));
+  Tensor buffers = empty_cpu({2, rows * widest}, dtype);
+  auto* const buffer = static_cast<char*>(buffers.mutable_data_ptr());
 
-  std::vector<Tensor> grads(mask.size());
-  RowsView dy = as_rows(grad_output);
-  OptionalRows y = output_activation.has_value() ? OptionalRows(as_rows(output)) : std::nullopt;
-  auto* h_end = static_cast<char*>(const_cast<void*>(dense_hidden.const_data_ptr())) +
-                dense_hidden.numel() * size;
+  std::vector<Tensor> grads(call.mask.size());
+  const auto* h_end = static_cast<const char*>(hidden.const_data_ptr()) + hidden.numel() * size;
   for (size_t i = depth; i-- > 0;) {
-    const Tensor& weight = weights[i];
-    const std::int64_t in_features = weight.size(1);
-    if (i > 0) h_end -= x.rows * in_features * size;
-    const RowsView h = i > 0 ? rows_at(h_end, x.rows, in_features) : x;
+    OptionalRows x;
+    if (i > 0) {
+      h_end -= rows * in_features(i) * size;
+      x = rows_at(h_end, rows, in_features(i));
+    } else if (call.wants_weight(0)) {
+      x = as_rows(*call.input);
+    }
     Tensor &dw = grads[1 + i], &db = grads[1 + depth + i];
-    if (wanted(1 + i)) dw = empty_cpu({weight.size(0), in_features}, dtype);
-    if (wanted(1 + depth + i)) db = empty_cpu({weight.size(0)}, dtype);
+    if (call.wants_weight(i)) dw = empty_cpu({dy.columns, x->columns}, dtype);
+    if (call.wants_bias(i)) db = empty_cpu({dy.columns}, dtype);
     if (dw.defined() || db.defined()) {
-      wgrad(dy, y, h, dw.defined() ? dw.mutable_data_ptr() : nullptr,
-            db.defined() ? db.mutable_data_ptr() : nullptr, dtype_of(input));
+      wgrad(dy, y, x, dw.defined() ? dw.mutable_data_ptr() : nullptr,
+            db.defined() ? db.mutable_data_ptr() : nullptr, dtype_of(call.grad_output));
     }
+    if (!call.wants_before(i)) break;
+    const Tensor weight = call.weight(i);
     if (i == 0) {
-      if (wanted(0)) {
-        grads[0] = empty_rows(input, in_features);
-        dgrad(dy, y, weight, grads[0].mutable_data_ptr());
-      }
-      break;
+      grads[0] = empty_rows(call.grad_output, weight.size(1));
+      dgrad(dy, y, weight, grads[0].mutable_data_ptr());
+    } else {
+      void* const dh = buffer + (i % 2) * rows * widest * size;
+      dgrad(dy, y, weight, dh);
+      dy = rows_at(dh, rows, in_features(i));
+      y = x;
     }
-    bool earlier = wanted(0);
-    for (size_t j = 0; j < i; ++j) earlier |= wanted(1 + j) || wanted(1 + depth + j);
-    if (!earlier) break;
-    void* dh = buffer + (i % 2) * x.rows * widest * size;
-    dgrad(dy, y, weight, dh);
-    dy = rows_at(dh, x.rows, in_features);
-    y = h;
   }
-  std::vector<Tensor> result;
+  std::vector<Tensor> wanted;
   for (Tensor& grad : grads) {
-    if (grad.defined()) result.push_back(std::move(grad));
+    if (grad.defined()) wanted.push_back(std::move(grad));
   }
-  return result;
+  return wanted;
 }
 
 // ---- Meta
@@ -283,25 +341,21 @@ OutputAndHidden mlp_forward_meta(const Tensor& input, TensorList weights,
           at::empty_symint({size}, input.options())};
 }
 
-std::vector<Tensor> mlp_backward_meta(const Tensor& grad_output, const Tensor& input,
-                                      TensorList weights, const OptionalTensors& biases,
-                                      const Tensor& output, const Tensor& hidden,
-                                      Name output_activation, const c10::List<bool>& mask) {
-  if (!kernels_take_backward(grad_output, input, weights, biases, output, hidden)) {
-    return mlp_backward_by_layers(grad_output, input, weights, biases, output, hidden,
-                                  output_activation, mask);
-  }
-  check_mlp_backward(grad_output, input, weights, biases, output, hidden, output_activation, mask);
-  const size_t depth = weights.size();
+std::vector<Tensor> mlp_backward_meta(const Backward& call) {
+  if (!call.kernels_take()) return mlp_backward_by_layers(call);
+  call.check();
+  const auto options = call.grad_output.options();
   std::vector<Tensor> grads;
-  if (mask.get(0)) grads.push_back(empty_rows_symint(input, input.sym_size(-1)));
-  for (size_t i = 0; i < depth; ++i) {
-    if (mask.get(1 + i)) grads.push_back(at::empty_symint(weights[i].sym_sizes(), input.options()));
+  if (call.wants_input()) {
+    grads.push_back(empty_rows_symint(call.grad_output, call.weight(0).sym_size(1)));
   }
-  for (size_t i = 0; i < depth; ++i) {
-    if (mask.get(1 + depth + i)) {
-      grads.push_back(at::empty_symint({weights[i].sym_size(0)}, input.options()));
-    }
+  for (size_t i = 0; i < call.depth(); ++i) {
+    if (!call.wants_weight(i)) continue;
+    const auto in_features = i > 0 ? call.hidden_features[i - 1] : call.input->sym_size(-1);
+    grads.push_back(at::empty_symint({call.out_features(i), in_features}, options));
+  }
+  for (size_t i = 0; i < call.depth(); ++i) {
+    if (call.wants_bias(i)) grads.push_back(at::empty_symint({call.out_features(i)}, options));
   }
   return grads;
 }
@@ -311,10 +365,7 @@ std::vector<Tensor> mlp_backward_meta(const Tensor& grad_output, const Tensor& i
 
 Tensor mlp_autograd(const Tensor& input, TensorList weights, const OptionalTensors& biases,
                     Name output_activation);
-std::vector<Tensor> mlp_backward_autograd(const Tensor& grad_output, const Tensor& input,
-                                          TensorList weights, const OptionalTensors& biases,
-                                          const Tensor& output, const Tensor& hidden,
-                                          Name output_activation, const c10::List<bool>& mask);
+std::vector<Tensor> mlp_backward_autograd(const Backward& call);
 
 bool any_tangent(const Tensor& input, TensorList weights, const OptionalTensors& biases) {
   bool any = has_tangent(input) || std::any_of(weights.begin(), weights.end(), has_tangent);
@@ -328,20 +379,15 @@ bool any_needs_grad(const Tensor& input, TensorList weights, const OptionalTenso
   return any;
 }
 
-Shortcut shortcut_for_stack(const Tensor& input, TensorList weights, const OptionalTensors& biases,
-                            std::initializer_list<Tensor> others = {}) {
+Shortcut shortcut_for_stack(const Tensor& input, TensorList weights,
+                            const OptionalTensors& biases) {
   c10::DispatchKeySet keys = input.key_set();
-  bool differentiable =
-      any_needs_grad(input, weights, biases) || any_tangent(input, weights, biases);
   for (const Tensor& weight : weights) keys = keys | weight.key_set();
   for (size_t i = 0; i < biases.size(); ++i) {
     if (const Tensor bias = bias_of(biases, i); bias.defined()) keys = keys | bias.key_set();
   }
-  for (const Tensor& t : others) {
-    keys = keys | t.key_set();
-    differentiable = differentiable || needs_grad(t) || has_tangent(t);
-  }
-  return shortcut(keys, differentiable);
+  return shortcut(keys,
+                  any_needs_grad(input, weights, biases) || any_tangent(input, weights, biases));
 }
 
 Tensor call_mlp(const Tensor& input, TensorList weights, const OptionalTensors& biases,
@@ -363,29 +409,42 @@ OutputAndHidden call_mlp_forward(const Tensor& input, TensorList weights,
   return op.call(input, weights, biases, output_activation);
 }
 
-std::vector<Tensor> call_mlp_backward(const Tensor& grad_output, const Tensor& input,
-                                      TensorList weights, const OptionalTensors& biases,
-                                      const Tensor& output, const Tensor& hidden,
-                                      const Name& output_activation, const c10::List<bool>& mask) {
+std::vector<Tensor> call_mlp_backward(const Backward& call) {
+  c10::DispatchKeySet keys;
+  bool differentiable = false;
+  call.for_each_tensor([&](const Tensor& t) {
+    if (!t.defined()) return;
+    keys = keys | t.key_set();
+    differentiable = differentiable || needs_grad(t) || has_tangent(t);
+  });
+  const Shortcut to = shortcut(keys, differentiable);
+  if (to == Shortcut::kAutograd) return mlp_backward_autograd(call);
+  if (to == Shortcut::kCpu) return mlp_backward_cpu(call);
   static const auto op = find_operator<std::vector<Tensor>(
-      const Tensor&, const Tensor&, TensorList, const OptionalTensors&, const Tensor&,
-      const Tensor&, Name, const c10::List<bool>&)>("neuron_ext::mlp_backward");
-  return op.call(grad_output, input, weights, biases, output, hidden, output_activation, mask);
+      const Tensor&, const OptionalTensor&, const OptionalTensors&, const OptionalTensors&,
+      const OptionalTensor&, const Tensor&, c10::SymIntArrayRef, const c10::List<bool>&)>(
+      "neuron_ext::mlp_backward");
+  return op.call(call.grad_output, call.input, call.weights, call.places, call.output, call.hidden,
+                 call.hidden_features, call.mask);
 }
 
 /// Puts a known output of a sigmoid layer into the graph as that layer's result, without computing
-/// it.
+/// it. Input, weight and bias are for their place in the graph; the first two have values where
+/// those are taken.
 class KnownOutputFunction : public torch::autograd::Function<KnownOutputFunction> {
  public:
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& output, const Tensor& input,
-                        const Tensor& weight, const OptionalTensor& bias) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& output, const OptionalTensor& input,
+                        const OptionalTensor& weight, const OptionalTensor& bias) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor y = output.detach();
+    const Tensor &x = value_or_undefined(input), &w = value_or_undefined(weight);
     ctx->set_materialize_grads(false);
+    ctx->saved_data["has_input"] = x.defined();
+    ctx->saved_data["has_weight"] = w.defined();
     ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->save_for_backward({input, weight, y});
+    ctx->save_for_backward({needs_grad(w) ? x : Tensor(), needs_grad(x) ? w : Tensor(), y});
     return y;
   }
 
@@ -393,66 +452,104 @@ class KnownOutputFunction : public torch::autograd::Function<KnownOutputFunction
     variable_list result(4);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
-    const bool has_bias = ctx->saved_data["has_bias"].toBool();
+    size_t edges = 1;
+    const auto wanted = [&](const char* name) {
+      return ctx->saved_data[name].toBool() && ctx->needs_input_grad(edges++);
+    };
+    const bool for_x = wanted("has_input"), for_w = wanted("has_weight"),
+               for_b = wanted("has_bias");
     std::tie(result[1], result[2], result[3]) = neuron_ext::linear_sigmoid_backward(
-        grads[0], saved[0], saved[1], saved[2],
-        {ctx->needs_input_grad(1), ctx->needs_input_grad(2), has_bias && ctx->needs_input_grad(3)});
+        grads[0], optional(saved[0]), optional(saved[1]), saved[2], {for_x, for_w, for_b});
     return result;
   }
 };
 
+/// The values of all layers' inputs.
+std::vector<Tensor> layer_inputs(const Backward& call) {
+  std::vector<Tensor> inputs{value_or_undefined(call.input)};
+  c10::SymInt offset = 0;
+  for (size_t i = 0; i + 1 < call.depth(); ++i) {
+    c10::SymDimVector sizes(call.grad_output.sym_sizes().begin(),
+                            call.grad_output.sym_sizes().end());
+    sizes.back() = call.hidden_features[i];
+    c10::SymInt numel = 1;
+    for (const auto& size : sizes) numel *= size;
+    inputs.push_back(call.hidden.slice_symint(0, offset, offset + numel).view_symint(sizes));
+    offset += numel;
+  }
+  return inputs;
+}
+
+/// Runs f, which sees no tensor of a functorch transform, as if none were active. A vmap over a
+/// backward pass has such tensors only in the gradients; what was saved is plain, and functorch has
+/// no C++ Functions.
+template <class F>
+auto outside_functorch(const F& f) {
+  const c10::impl::ExcludeDispatchKeyGuard no_functorch(
+      c10::DispatchKeySet({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                           c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
+  auto& functorch = at::functorch::functorchTLSAccessor();
+  auto layers = std::exchange(functorch, nullptr);
+  const auto restore = c10::make_scope_exit([&] { functorch = std::move(layers); });
+  return f();
+}
+
+/// Layer `layer`'s output, whose value is known, as a function of input, weight and bias.
+Tensor known_output(const Backward& call, const Tensor& value, const Tensor& input, size_t layer) {
+  const auto or_place = [&](const Tensor& t, size_t i) { return t.defined() ? t : call.place(i); };
+  const Tensor x = layer == 0 ? or_place(input, 0) : input;
+  const Tensor w = or_place(call.weight(layer), 1 + layer);
+  const Tensor b = call.place(1 + call.depth() + layer);
+  if (!at::GradMode::is_enabled() || !(needs_grad(x) || needs_grad(w) || needs_grad(b)))
+    return value;
+  return outside_functorch(
+      [&] { return KnownOutputFunction::apply(value, optional(x), optional(w), optional(b)); });
+}
+
 /// The gradients in terms of linear.cpp's operations, which can be differentiated further. The
 /// derivative is the total one: hidden and output count as the functions of input, weights and
 /// biases that they are.
-std::vector<Tensor> mlp_backward_by_layers(const Tensor& grad_output, const Tensor& input,
-                                           TensorList weights, const OptionalTensors& biases,
-                                           const Tensor& output, const Tensor& hidden,
-                                           const Name& output_activation,
-                                           const c10::List<bool>& mask) {
-  const size_t depth = weights.size();
-  std::vector<Tensor> inputs{input};
-  c10::SymInt offset = 0;
-  const auto known = [&](const Tensor& value, size_t layer) {
-    const Tensor bias = bias_of(biases, layer);
-    return KnownOutputFunction::apply(
-        value.detach(), inputs[layer], weights[layer],
-        bias.defined() ? OptionalTensor(as_vector(bias, weights[layer].sym_size(0)))
-                       : std::nullopt);
-  };
-  for (size_t i = 0; i + 1 < depth; ++i) {
-    c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
-    sizes.back() = weights[i].sym_size(0);
-    c10::SymInt numel = 1;
-    for (const auto& size : sizes) numel *= size;
-    inputs.push_back(known(hidden.slice_symint(0, offset, offset + numel).view_symint(sizes), i));
-    offset += numel;
-  }
+std::vector<Tensor> mlp_backward_by_layers(const Backward& call) {
+  const size_t depth = call.depth();
+  std::vector<Tensor> inputs = layer_inputs(call);
+  for (size_t i = 1; i < depth; ++i)
+    inputs[i] = known_output(call, inputs[i], inputs[i - 1], i - 1);
 
-  std::vector<Tensor> grads(mask.size());
-  Tensor dy = grad_output;
+  std::vector<Tensor> grads(call.mask.size());
+  Tensor dy = call.grad_output;
   for (size_t i = depth; i-- > 0;) {
-    bool earlier = mask.get(0);
-    for (size_t j = 0; j < i; ++j) earlier |= mask.get(1 + j) || mask.get(1 + depth + j);
-    const std::array<bool, 3> wanted{earlier, mask.get(1 + i), mask.get(1 + depth + i)};
-    std::tie(dy, grads[1 + i], grads[1 + depth + i]) =
-        activation_of(i, depth, output_activation) == Activation::kSigmoid
-            ? neuron_ext::linear_sigmoid_backward(dy, inputs[i], weights[i],
-                                                  i + 1 < depth ? inputs[i + 1] : known(output, i),
-                                                  wanted)
-            : neuron_ext::linear_backward(dy, inputs[i], weights[i], wanted);
-    if (!earlier) break;
+    const std::array<bool, 3> wanted{call.wants_before(i), call.wants_weight(i),
+                                     call.wants_bias(i)};
+    const OptionalTensor x = wanted[1] ? OptionalTensor(inputs[i]) : std::nullopt;
+    const OptionalTensor w = wanted[0] ? OptionalTensor(call.weight(i)) : std::nullopt;
+    if (call.activation(i) == Activation::kSigmoid) {
+      const Tensor y =
+          i + 1 < depth ? inputs[i + 1] : known_output(call, call.output->detach(), inputs[i], i);
+      std::tie(dy, grads[1 + i], grads[1 + depth + i]) =
+          neuron_ext::linear_sigmoid_backward(dy, x, w, y, wanted);
+    } else {
+      std::tie(dy, grads[1 + i], grads[1 + depth + i]) =
+          neuron_ext::linear_backward(dy, x, w, wanted);
+    }
+    if (!wanted[0]) break;
   }
   grads[0] = dy;
   std::vector<Tensor> result;
   for (size_t i = 0; i < grads.size(); ++i) {
-    if (mask.get(i)) result.push_back(grads[i]);
+    if (call.mask.get(i)) result.push_back(grads[i]);
   }
   return result;
 }
 
-/// Saves the input, the weights, the output and the hidden layers' outputs. Biases are kept for
-/// their place in the graph alone, not for their values: as with torch's own layers they may change
-/// before backward.
+/// A tensor that stands where t stands in the graph now, whatever is done to t in place later. It
+/// keeps no data of t.
+Tensor at_place_of(const Tensor& t) {
+  Tensor place = at::empty({0}, t.options());
+  torch::autograd::impl::set_gradient_edge(place, torch::autograd::impl::gradient_edge(t));
+  return place;
+}
+
+/// Saves what mlp_backward takes.
 class MlpFunction : public torch::autograd::Function<MlpFunction> {
  public:
   static constexpr bool is_traceable = true;
@@ -462,39 +559,67 @@ class MlpFunction : public torch::autograd::Function<MlpFunction> {
                         [[maybe_unused]] TensorList biases, const OptionalTensors& all_biases,
                         const Name& output_activation) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const size_t depth = weights.size();
     auto [output, hidden] = call_mlp_forward(input, weights, all_biases, output_activation);
-    variable_list saved{input, output, hidden};
-    saved.insert(saved.end(), weights.begin(), weights.end());
+
+    variable_list saved{needs_grad(weights[0]) ? input : Tensor(),
+                        output_activation.has_value() ? output : Tensor(), hidden};
+    OptionalTensors places;
+    const auto keep_place = [&](const Tensor& t, bool is_saved) {
+      places.push_back(needs_grad(t) && !is_saved ? OptionalTensor(at_place_of(t)) : std::nullopt);
+    };
+    keep_place(input, saved[0].defined());
+    std::vector<c10::SymInt> features;
+    std::vector<bool> has_bias;
+    bool before = needs_grad(input);
+    for (size_t i = 0; i < depth; ++i) {
+      saved.push_back(before ? weights[i] : Tensor());
+      keep_place(weights[i], before);
+      const Tensor bias = bias_of(all_biases, i);
+      has_bias.push_back(bias.defined());
+      before = before || needs_grad(weights[i]) || needs_grad(bias);
+      if (i + 1 < depth) features.push_back(weights[i].sym_size(0));
+    }
+    for (size_t i = 0; i < depth; ++i) keep_place(bias_of(all_biases, i), false);
     ctx->set_materialize_grads(false);
-    ctx->saved_data["biases"] = all_biases;
-    ctx->saved_data["output_sigmoid"] = output_activation.has_value();
+    ctx->saved_data["places"] = places;
+    ctx->saved_data["has_bias"] = has_bias;
+    ctx->saved_data["hidden_features"] = features;
     ctx->save_for_backward(std::move(saved));
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto biases = ctx->saved_data["biases"].to<OptionalTensors>();
-    const size_t depth = biases.size();
-    std::vector<size_t> edge_of_bias(depth);
-    size_t edges = 1 + depth;
-    c10::List<bool> mask;
-    for (size_t i = 0; i < edges; ++i) mask.push_back(ctx->needs_input_grad(i));
-    for (size_t i = 0; i < depth; ++i) {
-      const bool has_bias = bias_of(biases, i).defined();
-      edge_of_bias[i] = edges;
-      mask.push_back(has_bias && ctx->needs_input_grad(edges));
-      edges += has_bias;
-    }
+    const std::vector<bool> has_bias = ctx->saved_data["has_bias"].to<std::vector<bool>>();
+    const size_t depth = has_bias.size();
+    const size_t edges = 1 + depth + std::count(has_bias.begin(), has_bias.end(), true);
     variable_list result(edges + 2);
     if (!grads[0].defined()) return result;
 
+    // torch numbers only the biases that there are.
+    c10::List<bool> mask;
+    std::vector<size_t> edge;
+    for (size_t i = 0, next = 0; i < 1 + 2 * depth; ++i) {
+      const bool is_there = i <= depth || has_bias[i - depth - 1];
+      edge.push_back(next);
+      mask.push_back(is_there && ctx->needs_input_grad(next));
+      next += is_there;
+    }
+    // Places matter only to gradients that are differentiated again.
+    OptionalTensors places;
+    const auto kept = ctx->saved_data["places"].to<OptionalTensors>();
+    for (size_t i = 0; i < kept.size(); ++i) {
+      places.push_back(at::GradMode::is_enabled() ? OptionalTensor(kept.get(i)) : std::nullopt);
+    }
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &output = saved[1], &hidden = saved[2];
-    const std::vector<Tensor> wanted = call_mlp_backward(
-        grads[0], input, TensorList(saved).slice(3), biases, output.detach(), hidden,
-        ctx->saved_data["output_sigmoid"].toBool() ? Name("sigmoid") : std::nullopt, mask);
+    OptionalTensors weights;
+    for (size_t i = 0; i < depth; ++i) weights.push_back(optional(saved[3 + i]));
+    const auto features = ctx->saved_data["hidden_features"].to<std::vector<c10::SymInt>>();
+    const std::vector<Tensor> wanted =
+        call_mlp_backward({grads[0], optional(saved[0]), weights, places, optional(saved[1]),
+                           saved[2], features, mask});
     for (size_t i = 0, next = 0; i < mask.size(); ++i) {
-      if (mask.get(i)) result[i <= depth ? i : edge_of_bias[i - depth - 1]] = wanted[next++];
+      if (mask.get(i)) result[edge[i]] = wanted[next++];
     }
     return result;
   }
@@ -516,12 +641,9 @@ Tensor mlp_autograd(const Tensor& input, TensorList weights, const OptionalTenso
   OptionalTensors vectors;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor bias = bias_of(biases, i);
-    if (!bias.defined()) {
-      vectors.push_back(std::nullopt);
-      continue;
-    }
-    present.push_back(as_vector(bias, weights[i].sym_size(0)));
-    vectors.push_back(present.back());
+    vectors.push_back(bias.defined() ? OptionalTensor(as_vector(bias, weights[i].sym_size(0)))
+                                     : std::nullopt);
+    if (bias.defined()) present.push_back(bias_of(vectors, i));
   }
   return MlpFunction::apply(input, weights, TensorList(present), vectors, output_activation);
 }
@@ -539,21 +661,18 @@ OutputAndHidden mlp_forward_autograd(const Tensor& input, TensorList weights,
   return call_mlp_forward(input, weights, biases, output_activation);
 }
 
-std::vector<Tensor> mlp_backward_autograd(const Tensor& grad_output, const Tensor& input,
-                                          TensorList weights, const OptionalTensors& biases,
-                                          const Tensor& output, const Tensor& hidden,
-                                          Name output_activation, const c10::List<bool>& mask) {
-  if (transform_is_active() || has_tangent(grad_output) || any_tangent(input, weights, biases) ||
-      (at::GradMode::is_enabled() &&
-       (needs_grad(grad_output) || any_needs_grad(input, weights, biases)))) {
-    check_mlp_backward(grad_output, input, weights, biases, output, hidden, output_activation,
-                       mask);
-    return mlp_backward_by_layers(grad_output, input, weights, biases, output, hidden,
-                                  output_activation, mask);
+std::vector<Tensor> mlp_backward_autograd(const Backward& call) {
+  bool any_grad = false, any_tangent = false;
+  call.for_each_tensor([&](const Tensor& t) {
+    any_grad = any_grad || needs_grad(t);
+    any_tangent = any_tangent || has_tangent(t);
+  });
+  if (transform_is_active() || any_tangent || (at::GradMode::is_enabled() && any_grad)) {
+    call.check();
+    return mlp_backward_by_layers(call);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return call_mlp_backward(grad_output, input, weights, biases, output, hidden, output_activation,
-                           mask);
+  return call_mlp_backward(call);
 }
 
 // ---- autocast
@@ -585,12 +704,13 @@ OutputAndHidden mlp_forward_composite(const Tensor& input, TensorList weights,
   return mlp_forward_by_layers(input, weights, biases, output_activation);
 }
 
-std::vector<Tensor> mlp_backward_composite(const Tensor& grad_output, const Tensor& input,
-                                           TensorList weights, const OptionalTensors& biases,
-                                           const Tensor& output, const Tensor& hidden,
-                                           Name output_activation, const c10::List<bool>& mask) {
-  return mlp_backward_by_layers(grad_output, input, weights, biases, output, hidden,
-                                output_activation, mask);
+template <std::vector<Tensor> (*stage)(const Backward&)>
+std::vector<Tensor> mlp_backward_stage(const Tensor& grad_output, const OptionalTensor& input,
+                                       const OptionalTensors& weights,
+                                       const OptionalTensors& places, const OptionalTensor& output,
+                                       const Tensor& hidden, c10::SymIntArrayRef hidden_features,
+                                       const c10::List<bool>& mask) {
+  return stage({grad_output, input, weights, places, output, hidden, hidden_features, mask});
 }
 
 template <class Function>
@@ -599,6 +719,7 @@ void impl(torch::Library& library, const char* name, Function composite, Functio
   using c10::DispatchKey;
   library.impl(name, torch::dispatch(DispatchKey::CompositeExplicitAutograd, composite));
   library.impl(name, torch::dispatch(DispatchKey::FuncTorchBatched, composite));
+  library.impl(name, torch::dispatch(DispatchKey::Batched, composite));
   library.impl(name, torch::dispatch(DispatchKey::CPU, cpu));
   library.impl(name, torch::dispatch(DispatchKey::Meta, meta));
   library.impl(name, torch::dispatch(DispatchKey::Autograd, autograd));
@@ -618,15 +739,15 @@ void register_mlp(torch::Library& library) {
       "-> (Tensor output, Tensor hidden)",
       tags);
   library.def(
-      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, Tensor "
-      "output, "
-      "Tensor hidden, str? output_activation, bool[] output_mask) -> Tensor[]",
+      "mlp_backward(Tensor grad_output, Tensor? input, Tensor?[] weights, Tensor?[] places, "
+      "Tensor? output, Tensor hidden, SymInt[] hidden_features, bool[] output_mask) -> Tensor[]",
       tags);
   impl(library, "mlp", &mlp_composite, &mlp_cpu, &mlp_meta, &mlp_autograd);
   impl(library, "mlp_forward", &mlp_forward_composite, &mlp_forward_cpu, &mlp_forward_meta,
        &mlp_forward_autograd);
-  impl(library, "mlp_backward", &mlp_backward_composite, &mlp_backward_cpu, &mlp_backward_meta,
-       &mlp_backward_autograd);
+  impl(library, "mlp_backward", &mlp_backward_stage<mlp_backward_by_layers>,
+       &mlp_backward_stage<mlp_backward_cpu>, &mlp_backward_stage<mlp_backward_meta>,
+       &mlp_backward_stage<mlp_backward_autograd>);
   library.impl("mlp", torch::dispatch(DispatchKey::AutocastCPU, mlp_autocast<at::kCPU>));
   library.impl("mlp", torch::dispatch(DispatchKey::AutocastCUDA, mlp_autocast<at::kCUDA>));
 }

@@ -32,6 +32,9 @@ constexpr std::int64_t kGrain = 32768;
 /// operation: those of t where they are dense, else contiguous in the order of t's dimensions by
 /// stride.
 Tensor empty_elementwise(const Tensor& t) {
+  for (const auto format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
+    if (t.is_contiguous(format)) return at::empty_symint(t.sym_sizes(), t.options(), format);
+  }
   if (t.is_non_overlapping_and_dense()) {
     return at::empty_strided_symint(t.sym_sizes(), t.sym_strides(), t.options());
   }
@@ -206,6 +209,7 @@ void register_sigmoid(torch::Library& library) {
   library.def("sigmoid(Tensor input) -> Tensor", tags);
   library.impl("sigmoid", torch::dispatch(DispatchKey::CompositeExplicitAutograd, sigmoid_aten));
   library.impl("sigmoid", torch::dispatch(DispatchKey::FuncTorchBatched, sigmoid_aten));
+  library.impl("sigmoid", torch::dispatch(DispatchKey::Batched, sigmoid_aten));
   library.impl("sigmoid", torch::dispatch(DispatchKey::CPU, sigmoid_cpu));
   library.impl("sigmoid", torch::dispatch(DispatchKey::Meta, sigmoid_meta));
   library.impl("sigmoid", torch::dispatch(DispatchKey::Autograd, sigmoid_autograd));
@@ -215,6 +219,7 @@ void register_sigmoid(torch::Library& library) {
   library.impl(backward,
                torch::dispatch(DispatchKey::CompositeExplicitAutograd, sigmoid_backward_aten));
   library.impl(backward, torch::dispatch(DispatchKey::FuncTorchBatched, sigmoid_backward_aten));
+  library.impl(backward, torch::dispatch(DispatchKey::Batched, sigmoid_backward_aten));
   library.impl(backward, torch::dispatch(DispatchKey::CPU, sigmoid_backward_cpu));
   library.impl(backward, torch::dispatch(DispatchKey::Meta, sigmoid_backward_meta));
   library.impl(backward, torch::dispatch(DispatchKey::Autograd, sigmoid_backward_autograd));

@@ -41,6 +41,10 @@ inline const at::Tensor& value_or_undefined(const std::optional<at::Tensor>& t) 
   return t.has_value() ? *t : undefined;
 }
 
+inline std::optional<at::Tensor> optional(const at::Tensor& t) {
+  return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+}
+
 DType dtype_of(const at::Tensor& t);
 
 // ---- what differentiation is asked of a call
