@@ -14,8 +14,8 @@
 namespace neuron_ext::cpu {
 namespace {
 
-// Longest block of k summed in registers. A packed panel of B is then 32 KiB on AVX-512, and A's
-// half of that stays in the L1 cache while B's panels pass from L2.
+// Longest block of k that is packed together. A packed panel of B is then 32 KiB on AVX-512, and
+// A's half of that stays in the L1 cache while B's panels pass from L2.
 constexpr std::int64_t kLongestBlock = 256;
 
 template <class V, class T, int kMr, int kNr>

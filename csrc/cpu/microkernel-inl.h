@@ -5,10 +5,16 @@
 namespace neuron_ext::cpu {
 namespace {
 
+// Terms that are added up in registers before their sum is added to the tile: many short sums lose
+// less than one long one. In f32 half a block: a whole one makes the largest error of a uniform
+// product of k = 256 6.9 eps (|A||B|) instead of 4.3. It costs 2 to 3 % of the speed on Zen 4,
+// where shorter blocks would cost more. In f64 few sums need it.
+template <class V>
+constexpr std::int64_t kLongestSum = sizeof(Scalar<V>) == 4 ? 128 : 256;
+
 /// tile[i][j] (+)= sum over p < kc of a[p][i] b[p][j], for i < kRows and j < kVectors * kLanes. The
-/// panels and the tile are kMr and kNr wide. The block's sum is formed from zero, and only then
-/// added: many short sums lose less than one long one, and a block's arithmetic is the same
-/// wherever its element lies.
+/// panels and the tile are kMr and kNr wide. The sum is formed from zero, and only then added, so
+/// that its arithmetic is the same wherever its element lies.
 template <class V, int kMr, int kNr, int kRows, int kVectors>
 void microkernel(std::int64_t kc, const Scalar<V>* a, const Scalar<V>* b, Scalar<V>* tile,
                  bool add) {
@@ -46,8 +52,13 @@ struct Microkernels {
     static_assert(kNr == 2 * V::kLanes);
     constexpr std::make_integer_sequence<int, kMr> kRows;
     const Kernel kernel = columns > V::kLanes ? of_rows<2>(rows, kRows) : of_rows<1>(rows, kRows);
-    kernel(kc, static_cast<const Scalar<V>*>(a), static_cast<const Scalar<V>*>(b),
-           static_cast<Scalar<V>*>(tile), add);
+    std::int64_t p = 0;
+    do {
+      kernel(kc - p < kLongestSum<V> ? kc - p : kLongestSum<V>,
+             static_cast<const Scalar<V>*>(a) + p * kMr, static_cast<const Scalar<V>*>(b) + p * kNr,
+             static_cast<Scalar<V>*>(tile), add || p != 0);
+      p += kLongestSum<V>;
+    } while (p < kc);
   }
 };
 

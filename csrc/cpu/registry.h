@@ -49,7 +49,7 @@ struct GemmKernel {
 
   std::int64_t lanes;   // accumulators in a vector: rows and buffers hold whole vectors
   std::int64_t mr, nr;  // the register tile
-  std::int64_t kc;      // longest block of k summed in registers
+  std::int64_t kc;      // longest block of k
   void (*microkernel)(std::int64_t rows, std::int64_t columns, std::int64_t kc, const void* a,
                       const void* b, void* tile, bool add);
   void (*sum_panel)(std::int64_t kc, const void* panel, void* sums);
