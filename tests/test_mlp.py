@@ -146,6 +146,8 @@ def test_no_worse_than_torch(output_activation: str | None, dtype: torch.dtype, 
         torchs = results(torch_mlp, x, w, b, output_activation, dy)
         for name, bound in expected.items():
             assert_within(ours[name], bound, name)
+            if name.startswith("db"):
+                continue  # a layer's own, which test_linear compares
             pair = (relative_errors(t[name], bound).ravel() for t in (ours, torchs))
             errors.setdefault(name[:2], []).append(tuple(pair))
     for name, pairs in errors.items():

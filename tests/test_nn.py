@@ -70,7 +70,7 @@ def twins(ours: Make, torchs: Make, **kwargs: Any) -> tuple[nn.Module, nn.Module
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def assert_same_parameters(ours: nn.Module, torchs: nn.Module) -> None:
@@ -392,8 +392,8 @@ def record(calls: list[str], name: str, register: str, change: bool) -> Callable
 )
 def test_hooks_of_all_children_run(ours: Make, torchs: Make, register: str, change: bool) -> None:
     """Once each, in torch's order, and what they return counts."""
-    modules = twins(ours, torchs)
-    x = torch.randn(5, 4)
+    modules = twins(ours, torchs, dtype=torch.float64)
+    x = torch.randn(5, 4, dtype=torch.float64)
     seen, results = [], []
     for module in modules:
         calls: list[str] = []
