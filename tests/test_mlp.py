@@ -187,6 +187,28 @@ def test_batches_that_do_not_fold_into_rows(dtype: torch.dtype, isa: str) -> Non
         assert actual["y"].is_contiguous()
 
 
+def test_views_with_a_pending_negation(isa: str) -> None:
+    """Of any argument; torch resolves them before a kernel, but not in lists of optionals."""
+
+    def negated(*size: int) -> Tensor:
+        view = torch.randn(size, dtype=torch.complex64).conj().imag
+        assert view.is_neg()
+        return view
+
+    tensors = [negated(4, 3), negated(5, 3), negated(2, 5), negated(5), negated(2), negated(4, 2)]
+    for pending in itertools.product([False, True], repeat=len(tensors)):
+        views = [t if p else t.resolve_neg() for t, p in zip(tensors, pending, strict=True)]
+        plain = [t.resolve_neg() for t in tensors]
+        actual, expected = (
+            {"without a graph": functional.mlp(x, [w0, w1], [b0, b1])}
+            | results(functional.mlp, x, [w0, w1], [b0, b1], None, dy)
+            for x, w0, w1, b0, b1, dy in (views, plain)
+        )
+        for name in expected:
+            what = f"{name}, pending: {pending}"
+            torch.testing.assert_close(actual[name], expected[name], msg=what)
+
+
 @each_output
 def test_only_wanted_gradients(output_activation: str | None) -> None:
     """Any subset of input, weights and biases; f64 gradients agree with torch's to 1e-12."""
