@@ -14,7 +14,6 @@ from operations import (
     LINEAR,
     MLP,
     MLP_SIGMOID,
-    ONE_EACH,
     Operation,
     assert_close,
     each,
@@ -368,7 +367,7 @@ def test_inductor_without_grad() -> None:
         assert_close(compiled(x), model(x), 1e-6)
 
 
-@pytest.mark.parametrize("operation", [o for o in ONE_EACH if o.op != "mlp"], ids=str)
+@one_each
 def test_jit_trace(operation: Operation) -> None:
     inputs = tuple(operation.inputs())
     with warnings.catch_warnings():

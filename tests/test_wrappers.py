@@ -291,7 +291,7 @@ def negated(t: Tensor) -> Tensor:
     return view
 
 
-@pytest.mark.parametrize("operation", [o for o in ALL if o.op != "mlp"], ids=str)
+@each
 def test_lazily_negated_tensors(operation: Operation) -> None:
     plain = operation.inputs()
     for i in range(len(plain)):
@@ -323,7 +323,7 @@ def test_conjugated_tensors(operation: Operation) -> None:
                 assert_close(operation.ours(*views).clone(), operation.torch(*views).clone())
 
 
-@pytest.mark.parametrize("operation", [o for o in ALL if o.op != "mlp"], ids=str)
+@each
 def test_zero_tensors(operation: Operation) -> None:
     """Tensors without memory that autograd makes where a gradient is zero."""
     plain = operation.inputs()

@@ -54,8 +54,7 @@ Gradients call_layer_backward(Activation f, const Tensor& grad_output, const Ten
              : neuron_ext::linear_backward(grad_output, optional(input), optional(weight), mask);
 }
 
-// ---- ATen
-// ----------------------------------------------------------------------------------------------
+// ---- ATen ---------------------------------------------------------------------------------------
 
 template <Activation f>
 Tensor layer_aten(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
@@ -68,26 +67,6 @@ Tensor layer_aten(const Tensor& input, const Tensor& weight, const OptionalTenso
         return c10::str(op_name(f), ": input is ", describe(input), ", weight is ",
                         describe(weight), ", bias is ", describe(value_or_undefined(bias)));
       });
-}
-
-Gradients layer_backward_aten(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                              const Tensor& output, Mask mask) {
-  const Tensor dz = output.defined() ? at::sigmoid_backward(grad_output, output) : grad_output;
-  const auto rows = [](const Tensor& t) { return t.reshape_symint({-1, t.sym_size(-1)}); };
-  Gradients grads;
-  if (mask[0]) std::get<0>(grads) = at::matmul(dz, weight);
-  if (mask[1]) std::get<1>(grads) = at::matmul(rows(dz).t(), rows(input));
-  if (mask[2]) std::get<2>(grads) = rows(dz).sum(0);
-  return grads;
-}
-
-// ---- CPU
-// -----------------------------------------------------------------------------------------------
-
-bool kernels_take_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                           const Tensor& output) {
-  return is_kernel_tensor(grad_output) && goes_with(grad_output, input) &&
-         goes_with(grad_output, weight) && goes_with(grad_output, output);
 }
 
 void check_layer_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
@@ -109,6 +88,26 @@ void check_layer_backward(const Tensor& grad_output, const Tensor& input, const 
     check_rows(where, "grad_output", grad_output, input, out_features);
   }
   if (output.defined()) check_rows(where, "output", output, grad_output, out_features);
+}
+
+Gradients layer_backward_aten(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                              const Tensor& output, Mask mask) {
+  check_layer_backward(grad_output, input, weight, output, mask);
+  const Tensor dz = output.defined() ? at::sigmoid_backward(grad_output, output) : grad_output;
+  const auto rows = [](const Tensor& t) { return t.reshape_symint({-1, t.sym_size(-1)}); };
+  Gradients grads;
+  if (mask[0]) std::get<0>(grads) = at::matmul(dz, weight);
+  if (mask[1]) std::get<1>(grads) = at::matmul(rows(dz).t(), rows(input));
+  if (mask[2]) std::get<2>(grads) = rows(dz).sum(0);
+  return grads;
+}
+
+// ---- CPU ----------------------------------------------------------------------------------------
+
+bool kernels_take_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                           const Tensor& output) {
+  return is_kernel_tensor(grad_output) && goes_with(grad_output, input) &&
+         goes_with(grad_output, weight) && goes_with(grad_output, output);
 }
 
 template <Activation f>
@@ -148,8 +147,7 @@ Gradients layer_backward_cpu(const Tensor& grad_output, const Tensor& input, con
   return grads;
 }
 
-// ---- Meta
-// ----------------------------------------------------------------------------------------------
+// ---- Meta ---------------------------------------------------------------------------------------
 
 template <Activation f>
 Tensor layer_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias) {
@@ -174,8 +172,7 @@ Gradients layer_backward_meta(const Tensor& grad_output, const Tensor& input, co
   return grads;
 }
 
-// ---- autograd
-// ------------------------------------------------------------------------------------------
+// ---- autograd -----------------------------------------------------------------------------------
 
 /// dz = dy f'(y); dx = dz W; dW = dzᵀ x; db = Σ dz: the gradients of a layer, and the node of their
 /// own gradients. Saves dy, x, W and y.
@@ -318,8 +315,7 @@ Gradients layer_backward_autograd(const Tensor& grad_output, const Tensor& input
   return grads;
 }
 
-// ---- autocast
-// ------------------------------------------------------------------------------------------
+// ---- autocast -----------------------------------------------------------------------------------
 
 template <Activation f, at::DeviceType device>
 Tensor layer_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
@@ -331,8 +327,7 @@ Tensor layer_autocast(const Tensor& input, const Tensor& weight, const OptionalT
                     at::autocast::cached_cast(dtype, bias, device));
 }
 
-// ---- registration
-// --------------------------------------------------------------------------------------
+// ---- registration -------------------------------------------------------------------------------
 
 /// The backward operations as their schemas have them: optional arguments, and no output for
 /// linear's.

@@ -110,8 +110,7 @@ OutputAndHidden mlp_forward_by_layers(const Tensor& input, TensorList weights,
   return {output, hidden.empty() ? at::empty({0}, input.options()) : at::cat(hidden)};
 }
 
-// ---- CPU
-// -----------------------------------------------------------------------------------------------
+// ---- CPU ----------------------------------------------------------------------------------------
 
 /// `rows` contiguous rows at `data`.
 RowsView rows_at(const void* data, std::int64_t rows, std::int64_t columns) {
@@ -314,8 +313,7 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
   return wanted;
 }
 
-// ---- Meta
-// ----------------------------------------------------------------------------------------------
+// ---- Meta ---------------------------------------------------------------------------------------
 
 Tensor mlp_meta(const Tensor& input, TensorList weights, const OptionalTensors& biases,
                 Name output_activation) {
@@ -360,8 +358,7 @@ std::vector<Tensor> mlp_backward_meta(const Backward& call) {
   return grads;
 }
 
-// ---- autograd
-// ------------------------------------------------------------------------------------------
+// ---- autograd -----------------------------------------------------------------------------------
 
 Tensor mlp_autograd(const Tensor& input, TensorList weights, const OptionalTensors& biases,
                     Name output_activation);
@@ -675,8 +672,7 @@ std::vector<Tensor> mlp_backward_autograd(const Backward& call) {
   return call_mlp_backward(call);
 }
 
-// ---- autocast
-// ------------------------------------------------------------------------------------------
+// ---- autocast -----------------------------------------------------------------------------------
 
 template <at::DeviceType device>
 Tensor mlp_autocast(const Tensor& input, TensorList weights, const OptionalTensors& biases,
@@ -720,6 +716,11 @@ void impl(torch::Library& library, const char* name, Function composite, Functio
   library.impl(name, torch::dispatch(DispatchKey::CompositeExplicitAutograd, composite));
   library.impl(name, torch::dispatch(DispatchKey::FuncTorchBatched, composite));
   library.impl(name, torch::dispatch(DispatchKey::Batched, composite));
+  // torch's own kernels for these keys overlook the tensors in a list of optional ones.
+  for (const auto key : {DispatchKey::Conjugate, DispatchKey::Negative, DispatchKey::ZeroTensor,
+                         DispatchKey::Tracer}) {
+    library.impl(name, torch::dispatch(key, composite));
+  }
   library.impl(name, torch::dispatch(DispatchKey::CPU, cpu));
   library.impl(name, torch::dispatch(DispatchKey::Meta, meta));
   library.impl(name, torch::dispatch(DispatchKey::Autograd, autograd));

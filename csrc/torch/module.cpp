@@ -19,8 +19,7 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// ---- operations
-// ----------------------------------------------------------------------------------------
+// ---- operations ---------------------------------------------------------------------------------
 //
 // METH_FASTCALL functions that take exact Tensors and Parameters and nothing else: no subclass, and
 // no
@@ -127,8 +126,7 @@ PyMethodDef operations[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-// ---- questions
-// -----------------------------------------------------------------------------------------
+// ---- questions ----------------------------------------------------------------------------------
 
 std::vector<std::string> supported_cpu_isas() {
   std::vector<std::string> names;

@@ -9,6 +9,7 @@
 #include <ATen/ops/sigmoid_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <array>
 #include <numeric>
 
 #include "glue.h"
@@ -66,10 +67,34 @@ Tensor empty_elementwise(const Tensor& t) {
   return at::empty_strided_symint(sizes, dense, t.options());
 }
 
-Tensor sigmoid_aten(const Tensor& input) { return at::sigmoid(input); }
+Tensor sigmoid_aten(const Tensor& input) {
+  return with_context([&] { return at::sigmoid(input); },
+                      [&] { return c10::str("sigmoid: input is ", describe(input)); });
+}
 
 Tensor sigmoid_backward_aten(const Tensor& grad_output, const Tensor& output) {
   return at::sigmoid_backward(grad_output, output);
+}
+
+/// Calls f(addresses, strides in elements, n) for runs of elements that cover the iterator's
+/// tensors. (torch's loop around a one-dimensional body makes g++ 12 warn of an uninitialised
+/// variable.)
+template <int kTensors, class F>
+void for_each_run(at::TensorIterator& iterator, DType dtype, const F& f) {
+  iterator.for_each(
+      [&](char** data, const std::int64_t* strides, std::int64_t n, std::int64_t runs) {
+        std::array<char*, kTensors> at;
+        std::array<std::int64_t, kTensors> inner;
+        for (int t = 0; t < kTensors; ++t) {
+          at[t] = data[t];
+          inner[t] = strides[t] / size_of(dtype);
+        }
+        for (std::int64_t run = 0; run < runs; ++run) {
+          f(at.data(), inner.data(), n);
+          for (int t = 0; t < kTensors; ++t) at[t] += strides[kTensors + t];
+        }
+      },
+      kGrain);
 }
 
 Tensor sigmoid_cpu(const Tensor& input) {
@@ -86,13 +111,9 @@ Tensor sigmoid_cpu(const Tensor& input) {
     return output;
   }
   auto iterator = at::TensorIteratorConfig().add_output(output).add_const_input(input).build();
-  iterator.for_each(
-      [dtype](char** data, const std::int64_t* strides, std::int64_t n) {
-        const std::int64_t size = size_of(dtype);
-        cpu::activate(Activation::kSigmoid, dtype, n, data[1], strides[1] / size, data[0],
-                      strides[0] / size);
-      },
-      kGrain);
+  for_each_run<2>(iterator, dtype, [dtype](char** at, const std::int64_t* strides, std::int64_t n) {
+    cpu::activate(Activation::kSigmoid, dtype, n, at[1], strides[1], at[0], strides[0]);
+  });
   return output;
 }
 
@@ -118,13 +139,11 @@ Tensor sigmoid_backward_cpu(const Tensor& grad_output, const Tensor& output) {
                       .add_const_input(grad_output)
                       .add_const_input(output)
                       .build();
-  iterator.for_each(
-      [dtype = dtype_of(output)](char** data, const std::int64_t* strides, std::int64_t n) {
-        const std::int64_t size = size_of(dtype);
-        cpu::activate_backward(Activation::kSigmoid, dtype, n, data[1], strides[1] / size, data[2],
-                               strides[2] / size, data[0], strides[0] / size);
-      },
-      kGrain);
+  const DType dtype = dtype_of(output);
+  for_each_run<3>(iterator, dtype, [dtype](char** at, const std::int64_t* strides, std::int64_t n) {
+    cpu::activate_backward(Activation::kSigmoid, dtype, n, at[1], strides[1], at[2], strides[2],
+                           at[0], strides[0]);
+  });
   return grad_input;
 }
 

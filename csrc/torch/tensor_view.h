@@ -15,8 +15,7 @@
 
 namespace neuron_ext {
 
-// ---- which tensors kernels take
-// -----------------------------------------------------------------------
+// ---- which tensors kernels take -----------------------------------------------------------------
 
 inline bool is_kernel_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
@@ -47,8 +46,7 @@ inline std::optional<at::Tensor> optional(const at::Tensor& t) {
 
 DType dtype_of(const at::Tensor& t);
 
-// ---- what differentiation is asked of a call
-// -----------------------------------------------------------
+// ---- what differentiation is asked of a call ----------------------------------------------------
 
 /// Whether a functorch transform is running or the tensor carries a forward-mode tangent. Such
 /// calls are computed by ATen operations, which have every rule.
@@ -66,8 +64,7 @@ inline bool has_tangent(const at::Tensor& t) {
 
 inline bool needs_grad(const at::Tensor& t) { return t.defined() && t.requires_grad(); }
 
-// ---- checks
-// --------------------------------------------------------------------------------------------
+// ---- checks -------------------------------------------------------------------------------------
 
 /// "(2, 3)", symbolic sizes included.
 std::string shape_of(const at::Tensor& t);
@@ -97,8 +94,7 @@ bool is_row_bias(const at::Tensor& bias, const at::Tensor& input);
 /// A row bias as a vector (out_features,), a differentiable view.
 at::Tensor as_vector(const at::Tensor& bias, const c10::SymInt& out_features);
 
-// ---- views
-// ---------------------------------------------------------------------------------------------
+// ---- views --------------------------------------------------------------------------------------
 
 /// A tensor (*, columns) as a matrix.
 struct RowsView {
