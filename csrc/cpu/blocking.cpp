@@ -66,7 +66,7 @@ Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc, int max
   const std::int64_t all_blocks = std::max<std::int64_t>(1, divide_up(desc.k, kernel.kc));
 
   Blocking blocking;
-  blocking.kc = divide_up(desc.k, all_blocks);
+  blocking.kc = round_up(divide_up(desc.k, all_blocks), kernel.kr);
   const std::int64_t sums_bytes = panels_m * kernel.mr * panels_n * kernel.nr * size;
   blocking.chunks = std::clamp<std::int64_t>(
       std::min(desc.k / kShortestChunk, kPartialBytes / sums_bytes), 1, kLongestChunks);
@@ -74,7 +74,7 @@ Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc, int max
   if (blocking.chunk_k > 0) blocking.chunks = divide_up(desc.k, blocking.chunk_k);
 
   // The largest tile, in panels.
-  const std::int64_t depth = std::max<std::int64_t>(1, blocking.kc);
+  const std::int64_t depth = std::max<std::int64_t>(1, divide_up(blocking.kc, kernel.kr));
   const std::int64_t most_n =
       std::clamp<std::int64_t>(kBlockBytes / (depth * kernel.nr * size), 1, panels_n);
   // What has to wait for every panel of rows: sums of A, and those of D unless k is one block.

@@ -177,9 +177,12 @@ class BlockedProduct {
   }
 
   // A packed panel may run over by less than a vector (pack-inl.h).
-  std::int64_t a_size() const { return kernel_.mr * cut_.kc + kernel_.lanes; }
-  std::int64_t b_size() const { return cut_.tile_n * cut_.kc + kernel_.lanes; }
-  std::int64_t task_size() const { return aligned(a_size()) + aligned(b_size()) + cut_.tile_n; }
+  std::int64_t depth(std::int64_t kc) const { return divide_up(kc, kernel_.kr); }
+  std::int64_t a_size() const { return kernel_.mr * depth(cut_.kc) + kernel_.lanes; }
+  std::int64_t b_size() const { return cut_.tile_n * depth(cut_.kc) + kernel_.lanes; }
+  std::int64_t task_size() const {
+    return aligned(a_size()) + aligned(b_size()) + cut_.tile_n + cut_.tile_n / kernel_.nr;
+  }
   static std::int64_t aligned(std::int64_t count) {
     return round_up(count, static_cast<std::int64_t>(kCacheLine / sizeof(S)));
   }
@@ -202,6 +205,7 @@ class BlockedProduct {
     S* const a_panel = buffer;
     S* const b_block = a_panel + aligned(a_size());
     S* const bias = b_block + aligned(b_size());
+    S* const b_lowest = bias + cut_.tile_n;  // of each panel
     S* const a_sums = sums + tiles_size();
     const bool finishes = cut_.chunks == 1;
     const Epilogue<S> epilogue(kernel_, desc_, at_, place.j, finishes ? place.columns : 0, bias);
@@ -213,17 +217,23 @@ class BlockedProduct {
     do {  // once at least: without any k, D is the epilogue of zeros
       const std::int64_t kc = std::min(cut_.kc, last - pc);
       for (std::int64_t jr = 0; jr < place.columns; jr += kernel_.nr) {
-        functions_.pack_b(b_, place.j + jr, desc_.n - (place.j + jr), pc, kc, b_block + jr * kc);
+        b_lowest[jr / kernel_.nr] = static_cast<S>(functions_.pack_b(
+            b_, place.j + jr, desc_.n - (place.j + jr), pc, kc, b_block + jr * depth(kc)));
       }
       for (std::int64_t ir = 0; ir < place.rows; ir += kernel_.mr) {
         const std::int64_t rows = std::min(kernel_.mr, place.rows - ir);
-        functions_.pack_a(a_, place.i + ir, desc_.m - (place.i + ir), pc, kc, a_panel);
-        if (place.sums_a) kernel_.sum_panel(kc, a_panel, a_sums + ir);
+        const int a_lowest =
+            functions_.pack_a(a_, place.i + ir, desc_.m - (place.i + ir), pc, kc, a_panel);
+        if (place.sums_a) kernel_.sum_panel(depth(kc), a_panel, a_sums + ir);
         for (std::int64_t jr = 0; jr < place.columns; jr += kernel_.nr) {
           const std::int64_t columns = std::min(kernel_.nr, place.columns - jr);
           S* const tile_sums = register_tile(sums, ir, jr);
-          kernel_.microkernel(rows, columns, kc, a_panel, b_block + jr * kc, tile_sums,
-                              pc != first);
+          const bool is_exact =
+              a_lowest + static_cast<int>(b_lowest[jr / kernel_.nr]) >= kernel_.lowest_exponents;
+          const Microkernel microkernel =
+              is_exact ? kernel_.microkernel : kernel_.careful_microkernel;
+          microkernel(rows, columns, depth(kc), a_panel, b_block + jr * depth(kc), tile_sums,
+                      pc != first);
           if (finishes && pc + kc == last) {
             epilogue.store(place.i + ir, rows, place.j + jr, columns, tile_sums, kernel_.nr);
           }

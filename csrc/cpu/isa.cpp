@@ -11,7 +11,7 @@
 namespace neuron_ext::cpu {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};
+constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
 
 #if defined(__x86_64__)
 
@@ -36,7 +36,8 @@ Isa detect() {
   if (!has_bits(ebx, bit_AVX2)) return Isa::kPortable;
   if (!has_bits(states, kZmmStates)) return Isa::kAvx2;
   if (!has_bits(ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL)) return Isa::kAvx2;
-  return Isa::kAvx512;
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return Isa::kAvx512;
+  return has_bits(eax, bit_AVX512BF16) ? Isa::kAvx512Bf16 : Isa::kAvx512;
 }
 
 #else
@@ -89,6 +90,8 @@ const char* name_of(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
   }
   return "?";
 }

@@ -67,7 +67,7 @@ constexpr ElementwiseKernel kElementwise =
 
 }  // namespace
 
-IsaKernels avx2_kernels() { return {kGemm, kElementwise}; }
+IsaKernels avx2_kernels() { return {kGemm, &kElementwise}; }
 
 }  // namespace neuron_ext::cpu
 

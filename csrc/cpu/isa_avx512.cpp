@@ -29,54 +29,13 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 
+// clang-format off: the vectors build on what the kernels share
 #include "kernels-inl.h"
+#include "vector_avx512-inl.h"
+// clang-format on
 
 namespace neuron_ext::cpu {
 namespace {
-
-struct VectorF32 {
-  using Scalar = float;
-  static constexpr int kLanes = 16;
-  static constexpr int kRegisters = 32;
-  using Reg = __m512;
-
-  static Reg set1(float x) { return _mm512_set1_ps(x); }
-  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-  static Reg multiply_add(Reg a, Reg b, Reg c) { return fma(a, b, c); }
-  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
-  static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
-  static Reg widen(Halves<VectorF32> h) { return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h)); }
-  static Halves<VectorF32> narrow(Reg x) {
-    return reinterpret_cast<Halves<VectorF32>>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-  }
-  static Reg load_partial(const float* p, std::int64_t count) {
-    return _mm512_maskz_loadu_ps(first(count), p);
-  }
-  static void store_partial(float* p, Reg x, std::int64_t count) {
-    _mm512_mask_storeu_ps(p, first(count), x);
-  }
-  static __mmask16 first(std::int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
-};
-
-struct VectorF64 {
-  using Scalar = double;
-  static constexpr int kLanes = 8;
-  static constexpr int kRegisters = 32;
-  using Reg = __m512d;
-
-  static Reg set1(double x) { return _mm512_set1_pd(x); }
-  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
-  static Reg multiply_add(Reg a, Reg b, Reg c) { return fma(a, b, c); }
-  static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
-  static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
-  static Reg load_partial(const double* p, std::int64_t count) {
-    return _mm512_maskz_loadu_pd(first(count), p);
-  }
-  static void store_partial(double* p, Reg x, std::int64_t count) {
-    _mm512_mask_storeu_pd(p, first(count), x);
-  }
-  static __mmask8 first(std::int64_t count) { return static_cast<__mmask8>((1u << count) - 1); }
-};
 
 constexpr Isa kIsa = Isa::kAvx512;
 constexpr GemmKernel kGemm[] = {
@@ -90,7 +49,7 @@ constexpr ElementwiseKernel kElementwise =
 
 }  // namespace
 
-IsaKernels avx512_kernels() { return {kGemm, kElementwise}; }
+IsaKernels avx512_kernels() { return {kGemm, &kElementwise}; }
 
 }  // namespace neuron_ext::cpu
 

@@ -68,6 +68,6 @@ constexpr ElementwiseKernel kElementwise =
 
 }  // namespace
 
-IsaKernels portable_kernels() { return {kGemm, kElementwise}; }
+IsaKernels portable_kernels() { return {kGemm, &kElementwise}; }
 
 }  // namespace neuron_ext::cpu

@@ -16,7 +16,7 @@ namespace {
 
 // Longest block of k that is packed together. A packed panel of B is then 32 KiB on AVX-512, and
 // A's half of that stays in the L1 cache while B's panels pass from L2.
-constexpr std::int64_t kLongestBlock = 256;
+constexpr std::int64_t kLongestBlock = 256;  // accumulators
 
 template <class V, class T, int kMr, int kNr>
 consteval GemmFunctions blocked_functions() {
@@ -64,8 +64,11 @@ consteval GemmKernel blocked_kernel(const char* name, Isa isa) {
           .lanes = V::kLanes,
           .mr = kMr,
           .nr = kNr,
+          .kr = 1,
           .kc = kLongestBlock,
           .microkernel = Microkernels<V, kMr, kNr>::run,
+          .careful_microkernel = nullptr,
+          .lowest_exponents = 0,
           .sum_panel = sum_panel<V, kMr>,
           .sum_row = nullptr,
           .functions = by_dtype<V>([]<class T> { return blocked_functions<V, T, kMr, kNr>(); })};
@@ -80,8 +83,11 @@ consteval GemmKernel narrow_kernel(const char* name, Isa isa) {
           .lanes = V::kLanes,
           .mr = 1,
           .nr = 4 * V::kLanes,
+          .kr = 1,
           .kc = 0,
           .microkernel = nullptr,
+          .careful_microkernel = nullptr,
+          .lowest_exponents = 0,
           .sum_panel = nullptr,
           .sum_row = sum_row<V>,
           .functions = by_dtype<V>([]<class T> { return narrow_functions<V, T>(); })};

@@ -10,7 +10,10 @@ namespace {
 // product of k = 256 6.9 eps (|A||B|) instead of 4.3. It costs 2 to 3 % of the speed on Zen 4,
 // where shorter blocks would cost more. In f64 few sums need it.
 template <class V>
-constexpr std::int64_t kLongestSum = sizeof(Scalar<V>) == 4 ? 128 : 256;
+constexpr std::int64_t kLongestSum = [] {
+  if constexpr (requires { V::kLongestSum; }) return V::kLongestSum;
+  return std::int64_t{sizeof(Scalar<V>) == 4 ? 128 : 256};
+}();
 
 /// tile[i][j] (+)= sum over p < kc of a[p][i] b[p][j], for i < kRows and j < kVectors * kLanes. The
 /// panels and the tile are kMr and kNr wide. The sum is formed from zero, and only then added, so
@@ -52,6 +55,14 @@ struct Microkernels {
     static_assert(kNr == 2 * V::kLanes);
     constexpr std::make_integer_sequence<int, kMr> kRows;
     const Kernel kernel = columns > V::kLanes ? of_rows<2>(rows, kRows) : of_rows<1>(rows, kRows);
+    // Sums that wait for this block may have left for L3 by now.
+    if (add) {
+      for (int i = 0; i < rows; ++i) {
+        for (int v = 0; v < 2; ++v) {
+          __builtin_prefetch(static_cast<Scalar<V>*>(tile) + i * kNr + v * V::kLanes, 1);
+        }
+      }
+    }
     std::int64_t p = 0;
     do {
       kernel(kc - p < kLongestSum<V> ? kc - p : kLongestSum<V>,

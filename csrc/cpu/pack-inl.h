@@ -127,12 +127,14 @@ void pack_source(const Source& source, std::int64_t mn, std::int64_t count, std:
   }
 }
 
+/// Returns 0: the micro-kernel takes every value.
 template <class V, class T, int kWidth>
-void pack_panel(const Operand& operand, std::int64_t mn, std::int64_t count, std::int64_t k,
-                std::int64_t kc, void* panel) {
+int pack_panel(const Operand& operand, std::int64_t mn, std::int64_t count, std::int64_t k,
+               std::int64_t kc, void* panel) {
   visit_source<V, T>(operand, [&](const auto& source) {
     pack_source<V, kWidth>(source, mn, count, k, kc, static_cast<Scalar<V>*>(panel));
   });
+  return 0;
 }
 
 /// row[p] = operand[mn, p] for p < k, then zeros up to a whole vector.
@@ -146,17 +148,27 @@ void widen_row(const Operand& operand, std::int64_t mn, std::int64_t k, void* ro
   });
 }
 
+/// What a place of a panel adds to a sum: itself, unless it holds several values.
+template <class V>
+Scalar<V> sum_of_place(Scalar<V> place) {
+  if constexpr (requires { V::sum_of_place(place); }) {
+    return V::sum_of_place(place);
+  } else {
+    return place;
+  }
+}
+
 /// sums[mn] += the sum over k of panel[k][mn], formed from zero like a block of D, but of shorter
 /// sums: there is nothing else to be gained by long ones.
 template <class V, int kWidth>
-void sum_panel(std::int64_t kc, const void* panel, void* sums) {
+void sum_panel(std::int64_t depth, const void* panel, void* sums) {
   constexpr std::int64_t kShortSum = 16;
   const auto* p = static_cast<const Scalar<V>*>(panel);
   Scalar<V> block[kWidth] = {};
-  for (std::int64_t begin = 0; begin < kc; begin += kShortSum) {
+  for (std::int64_t begin = 0; begin < depth; begin += kShortSum) {
     Scalar<V> terms[kWidth] = {};
-    for (std::int64_t k = begin; k < kc && k < begin + kShortSum; ++k) {
-      for (int i = 0; i < kWidth; ++i) terms[i] += p[k * kWidth + i];
+    for (std::int64_t k = begin; k < depth && k < begin + kShortSum; ++k) {
+      for (int i = 0; i < kWidth; ++i) terms[i] += sum_of_place<V>(p[k * kWidth + i]);
     }
     for (int i = 0; i < kWidth; ++i) block[i] += terms[i];
   }

@@ -14,6 +14,7 @@ thread_local const char* last_chosen = "";
 std::span<const IsaKernels> all_kernels() {
   static const IsaKernels kernels[] = {
 #if defined(__x86_64__)
+      avx512_bf16_kernels(),
       avx512_kernels(),
       avx2_kernels(),
 #endif
@@ -40,9 +41,9 @@ const GemmKernel& choose_gemm(const GemmDesc& desc) {
 const ElementwiseKernel& choose_elementwise() {
   const Isa active = active_isa();
   for (const IsaKernels& of_isa : all_kernels()) {
-    if (of_isa.elementwise.isa <= active) {
-      last_chosen = of_isa.elementwise.name;
-      return of_isa.elementwise;
+    if (of_isa.elementwise != nullptr && of_isa.elementwise->isa <= active) {
+      last_chosen = of_isa.elementwise->name;
+      return *of_isa.elementwise;
     }
   }
   throw std::logic_error("every CPU runs the portable rows");
@@ -61,7 +62,8 @@ std::vector<KernelInfo> kernels() {
     for (const GemmKernel& kernel : of_isa.gemm) {
       add(kernel.name, kernel.isa, [&](int i) { return kernel.takes(static_cast<DType>(i)); });
     }
-    const ElementwiseKernel& kernel = of_isa.elementwise;
+    if (of_isa.elementwise == nullptr) continue;
+    const ElementwiseKernel& kernel = *of_isa.elementwise;
     add(kernel.name, kernel.isa, [&](int i) { return kernel.activate[i] != nullptr; });
   }
   return infos;

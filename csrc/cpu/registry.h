@@ -23,11 +23,11 @@ struct Operand {
 /// The functions of a row for one storage type; null where the row doesn't take it. Panels, tiles,
 /// rows, sums and bias rows are in the accumulator type. What each does is said at its definition.
 struct GemmFunctions {
-  // pack-inl.h
-  void (*pack_a)(const Operand& a, std::int64_t i, std::int64_t count, std::int64_t k,
-                 std::int64_t kc, void* panel);
-  void (*pack_b)(const Operand& b, std::int64_t j, std::int64_t count, std::int64_t k,
-                 std::int64_t kc, void* panel);
+  // pack-inl.h and pairs-inl.h
+  int (*pack_a)(const Operand& a, std::int64_t i, std::int64_t count, std::int64_t k,
+                std::int64_t kc, void* panel);
+  int (*pack_b)(const Operand& b, std::int64_t j, std::int64_t count, std::int64_t k,
+                std::int64_t kc, void* panel);
   void (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row);
   // narrow-inl.h
   void (*multiply_narrow)(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
@@ -40,6 +40,10 @@ struct GemmFunctions {
   void (*narrow_row)(std::int64_t n, const void* row, void* out);
 };
 
+/// `depth` is the length of a panel in accumulators: kc / kr, rounded up.
+using Microkernel = void (*)(std::int64_t rows, std::int64_t columns, std::int64_t depth,
+                             const void* a, const void* b, void* tile, bool add);
+
 struct GemmKernel {
   const char* name;
   Isa isa;
@@ -49,14 +53,20 @@ struct GemmKernel {
 
   std::int64_t lanes;   // accumulators in a vector: rows and buffers hold whole vectors
   std::int64_t mr, nr;  // the register tile
+  std::int64_t kr;      // consecutive k of a row or column that share an accumulator's place
   std::int64_t kc;      // longest block of k
-  void (*microkernel)(std::int64_t rows, std::int64_t columns, std::int64_t kc, const void* a,
-                      const void* b, void* tile, bool add);
-  void (*sum_panel)(std::int64_t kc, const void* panel, void* sums);
+  Microkernel microkernel;
+  // What the micro-kernel would get wrong goes through another one: panels whose lowest exponents,
+  // as packing returns them, add up to less than this. Null where there are none such.
+  Microkernel careful_microkernel;
+  int lowest_exponents;
+  void (*sum_panel)(std::int64_t depth, const void* panel, void* sums);
   void (*sum_row)(std::int64_t k, const void* row, void* sum);
   std::array<GemmFunctions, kDTypeCount> functions;  // by DType
 
-  const GemmFunctions& of(DType dtype) const { return functions[static_cast<int>(dtype)]; }
+  constexpr const GemmFunctions& of(DType dtype) const {
+    return functions[static_cast<int>(dtype)];
+  }
   bool takes(DType dtype) const { return of(dtype).epilogue != nullptr; }
 };
 
@@ -76,7 +86,7 @@ struct ElementwiseKernel {
 /// What one isa_*.cpp contributes: the rows of its ISA, best first.
 struct IsaKernels {
   std::span<const GemmKernel> gemm;
-  const ElementwiseKernel& elementwise;
+  const ElementwiseKernel* elementwise;  // null where the ISA before it has the best one
 };
 
 /// The drivers in gemm.cpp, and what their rows accept.
@@ -91,6 +101,7 @@ IsaKernels portable_kernels();
 #if defined(__x86_64__)
 IsaKernels avx2_kernels();
 IsaKernels avx512_kernels();
+IsaKernels avx512_bf16_kernels();
 #endif
 
 /// The first row, of the active ISA or one before it, that accepts the product; last_kernel() then

@@ -14,14 +14,13 @@
 
 namespace neuron_ext::cpu {
 
-// ---- instruction sets
-// -------------------------------------------------------------------------------
+// ---- instruction sets ---------------------------------------------------------------------------
 
 /// In order of preference, worst first: an ISA's rows may be used on a machine that has it and
 /// whatever stands before it.
-enum class Isa : std::uint8_t { kPortable, kAvx2, kAvx512 };
+enum class Isa : std::uint8_t { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
-const char* name_of(Isa isa);                         // "portable", "avx2", "avx512"
+const char* name_of(Isa isa);                         // "portable", "avx2", "avx512", "avx512_bf16"
 std::optional<Isa> parse_isa(std::string_view name);  // the inverse; nullopt for anything else
 std::vector<Isa> supported_isas();                    // what this CPU and operating system can run
 
@@ -34,8 +33,7 @@ Isa active_isa();
 /// Throws std::invalid_argument when this CPU can't run it.
 void set_active_isa(Isa isa);
 
-// ---- what there is and what ran
-// ---------------------------------------------------------------------
+// ---- what there is and what ran -----------------------------------------------------------------
 
 struct KernelInfo {
   std::string name;  // e.g. "gemm_f32_14x32_avx512"
@@ -47,8 +45,7 @@ struct KernelInfo {
 std::vector<KernelInfo> kernels();  // in the order in which they're tried
 const char* last_kernel();  // name of the row last chosen by a call on this thread; "" before any
 
-// ---- kernels
-// ----------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 
 /// See GemmDesc. Bitwise the same result for any ParallelFor.
 void gemm(const GemmDesc& desc, const GemmPointers& at, const ParallelFor& parallel_for);

@@ -1,0 +1,129 @@
+// Kernels for AVX-512 with BF16: products of bf16 in pairs. All else is AVX-512's.
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#include <immintrin.h>
+#else
+// See isa_avx512.cpp.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "registry.h"
+#include "scalar.h"
+
+// Up to the end of the file, after all headers: see isa_avx2.cpp.
+#if defined(__clang__)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+
+// clang-format off: each builds on those before it
+#include "kernels-inl.h"
+#include "pairs-inl.h"
+#include "vector_avx512-inl.h"
+// clang-format on
+
+namespace neuron_ext::cpu {
+namespace {
+
+struct VectorPairs : VectorF32 {
+  static constexpr std::int64_t kLongestSum = 256;  // of bf16, whose last store loses far more
+
+  static Reg multiply_add(Reg a, Reg b, Reg c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+
+  static float sum_of_place(float place) {
+    const auto bits = std::bit_cast<std::uint32_t>(place);
+    return std::bit_cast<float>(bits << 16) + std::bit_cast<float>(bits & 0xffff0000);
+  }
+
+  /// The first `count` <= 32 halves at p, then zeros.
+  static Words<VectorF32> load_pairs(const BFloat16* p, std::int64_t count) {
+    const auto first = static_cast<__mmask32>((std::uint64_t{1} << count) - 1);
+    return reinterpret_cast<Words<VectorF32>>(_mm512_maskz_loadu_epi16(first, p));
+  }
+  /// The first `count` <= 16 halves at p, each in a lower half, then zeros.
+  static Words<VectorF32> load_halves(const BFloat16* p, std::int64_t count) {
+    return reinterpret_cast<Words<VectorF32>>(
+        _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p)));
+  }
+
+  /// What lowest_exponent needs to know of what has been seen: twice the magnitudes, less one, so
+  /// that zeros, which are harmless, are the largest.
+  static Words<VectorF32> lower_magnitudes(Words<VectorF32> lowest, Words<VectorF32> pairs) {
+    const auto bits = reinterpret_cast<__m512i>(pairs);
+    const __m512i key = _mm512_add_epi16(_mm512_add_epi16(bits, bits), _mm512_set1_epi16(-1));
+    return reinterpret_cast<Words<VectorF32>>(
+        _mm512_min_epu16(reinterpret_cast<__m512i>(lowest), key));
+  }
+  /// The lowest biased exponent of what isn't zero, far below any for subnormal numbers.
+  static int lowest_exponent(Words<VectorF32> lowest) {
+    const auto keys = reinterpret_cast<__m512i>(lowest);
+    const auto lower = reinterpret_cast<__m512i>(lowest << 16 >> 16);
+    const std::uint32_t key =
+        _mm512_reduce_min_epu32(_mm512_min_epu32(lower, _mm512_srli_epi32(keys, 16)));
+    const int exponent = static_cast<int>((key + 1) >> 8);
+    return exponent == 0 ? kSubnormal : exponent;
+  }
+  static constexpr int kSubnormal = -1000;
+};
+
+// Two biased exponents, of bf16 with 7 bits below the leading one, whose product's last bit is a
+// normal number: then sums of such products are zero or normal too, and the instruction is exact
+// in all that it would otherwise take for zero.
+constexpr int kLowestExponents = 2 * 127 + 2 * 7 - 126;
+
+constexpr Isa kIsa = Isa::kAvx512Bf16;
+constexpr int kMr = 14, kNr = 2 * VectorPairs::kLanes;
+
+consteval GemmKernel pairs_kernel() {
+  GemmKernel kernel = blocked_kernel<VectorF32, kMr>("gemm_bf16_14x32_avx512_bf16", kIsa);
+  kernel.kr = 2;
+  kernel.kc = 2 * kLongestBlock;
+  kernel.microkernel = Microkernels<VectorPairs, kMr, kNr>::run;
+  kernel.careful_microkernel = Microkernels<CarefulPairs<VectorPairs>, kMr, kNr>::run;
+  kernel.lowest_exponents = kLowestExponents;
+  kernel.sum_panel = sum_panel<VectorPairs, kMr>;
+  GemmFunctions functions = kernel.of(DType::kBFloat16);
+  functions.pack_a = pack_pairs<VectorPairs, kMr>;
+  functions.pack_b = pack_pairs<VectorPairs, kNr>;
+  kernel.functions = {};
+  kernel.functions[static_cast<int>(DType::kBFloat16)] = functions;
+  return kernel;
+}
+
+consteval GemmKernel narrow_bf16_kernel() {
+  GemmKernel kernel = narrow_kernel<VectorF32>("gemm_narrow_bf16_avx512_bf16", kIsa);
+  const GemmFunctions functions = kernel.of(DType::kBFloat16);
+  kernel.functions = {};
+  kernel.functions[static_cast<int>(DType::kBFloat16)] = functions;
+  return kernel;
+}
+
+constexpr GemmKernel kGemm[] = {narrow_bf16_kernel(), pairs_kernel()};
+
+}  // namespace
+
+IsaKernels avx512_bf16_kernels() { return {kGemm, nullptr}; }
+
+}  // namespace neuron_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif
