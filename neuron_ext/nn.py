@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Linear(torch.nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight, self.bias)
+        return functional.linear(input, _parameter(self, "weight"), _parameter(self, "bias"))
 
 
 class Sigmoid(torch.nn.Sigmoid):
@@ -44,7 +45,9 @@ class LinearSigmoid(torch.nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear_sigmoid(input, self.weight, self.bias)
+        return functional.linear_sigmoid(
+            input, _parameter(self, "weight"), _parameter(self, "bias")
+        )
 
 
 class MLP(torch.nn.Sequential):
@@ -101,8 +104,8 @@ class MLP(torch.nn.Sequential):
         layers = children[::2]
         return functional.mlp(
             input,
-            [layer.weight for layer in layers],  # type: ignore[misc]
-            [layer.bias for layer in layers],  # type: ignore[misc]
+            [_parameter(layer, "weight") for layer in layers],
+            [_parameter(layer, "bias") for layer in layers],
             "sigmoid" if len(children) % 2 == 0 else None,
         )
 
@@ -112,6 +115,14 @@ class MLP(torch.nn.Sequential):
             return torch.nn.Sequential(*list(self)[index])
         child: torch.nn.Module = super().__getitem__(index)
         return child
+
+
+def _parameter(module: torch.nn.Module | None, name: str) -> Any:
+    """``module.name``, which nn.Module looks for in three places before the one where it is."""
+    try:
+        return module._parameters[name]  # type: ignore[union-attr]
+    except KeyError:
+        return getattr(module, name)
 
 
 def _is_plain_stack(children: Sequence[torch.nn.Module | None]) -> bool:
