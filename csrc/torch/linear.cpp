@@ -1,13 +1,15 @@
 // linear and linear_sigmoid: y = f(x Wᵀ + b), f the identity or the sigmoid, and their gradients.
 //
 // START HERE to see how an operation meets torch. A call passes, in this order,
-//   autocast     casts the arguments                                  layer_autocast
-//   autograd     decides who differentiates it, and records a node    layer_autograd, LayerFunction
-//   a device     CPU: the kernels; Meta: shapes only; the rest: ATen  layer_cpu, layer_meta,
-//   layer_aten
-// and its node's backward calls layer_backward, an operation that passes through the same three
-// stages with a derivative of its own, written in these very operations: so every order of
-// derivative exists.
+//
+//   autocast   casts the arguments                               layer_autocast
+//   autograd   decides who differentiates, and records a node    layer_autograd, LayerFunction
+//   a device   CPU: the kernels                                  layer_cpu
+//              Meta: shapes only                                 layer_meta
+//              all others: ATen                                  layer_aten
+//
+// and its node's backward calls layer_backward, an operation that passes the same stages and has a
+// derivative of its own, written in these very operations: so every order of derivative exists.
 
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
@@ -39,20 +41,15 @@ constexpr const char* op_name(Activation f) {
   return f == Activation::kSigmoid ? "linear_sigmoid" : "linear";
 }
 
-Tensor call_layer(Activation f, const Tensor& input, const Tensor& weight,
-                  const OptionalTensor& bias) {
-  return f == Activation::kSigmoid ? neuron_ext::linear_sigmoid(input, weight, bias)
-                                   : neuron_ext::linear(input, weight, bias);
-}
+/// The operations themselves, through whichever stages there are to pass (end of file).
+template <Activation f>
+Tensor layer(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
 
-/// `input`, `weight` and `output` may be undefined here and below; see ops.h for when.
-Gradients call_layer_backward(Activation f, const Tensor& grad_output, const Tensor& input,
-                              const Tensor& weight, const Tensor& output, Mask mask) {
-  return f == Activation::kSigmoid
-             ? neuron_ext::linear_sigmoid_backward(grad_output, optional(input), optional(weight),
-                                                   output, mask)
-             : neuron_ext::linear_backward(grad_output, optional(input), optional(weight), mask);
-}
+/// `input` and `weight` may be undefined, here and below (ops.h says when); `output`
+/// is, for the identity.
+template <Activation f>
+Gradients layer_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                         const Tensor& output, Mask mask);
 
 // ---- ATen ---------------------------------------------------------------------------------------
 
@@ -191,7 +188,7 @@ class LayerBackwardFunction : public torch::autograd::Function<LayerBackwardFunc
     ctx->save_for_backward({grad_output, x, w, y});
     ctx->saved_data["has_dx"] = mask[0];
     ctx->saved_data["has_dw"] = mask[1];
-    const auto [dx, dw, db] = call_layer_backward(f, grad_output, x, w, y, mask);
+    const auto [dx, dw, db] = layer_backward<f>(grad_output, x, w, y, mask);
     variable_list defined;  // a Function can't return an undefined tensor
     for (const Tensor& grad : {dx, dw, db}) {
       if (grad.defined()) defined.push_back(grad);
@@ -235,7 +232,7 @@ class LayerBackwardFunction : public torch::autograd::Function<LayerBackwardFunc
     }
     if (for_x || for_w) {
       std::tie(result[1], result[2], std::ignore) =
-          call_layer_backward(f, dy, u, v, y, {for_x, for_w, false});
+          layer_backward<f>(dy, u, v, y, {for_x, for_w, false});
     }
     return result;
   }
@@ -252,7 +249,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction<f, has_bias
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const OptionalTensor& bias) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor output = call_layer(f, input, weight, bias);
+    Tensor output = layer<f>(input, weight, bias);
     ctx->set_materialize_grads(false);
     constexpr bool saves_output = gradient_needs(f) == GradientNeeds::kOutput;
     ctx->save_for_backward({needs_grad(weight) ? input : Tensor(),
@@ -265,8 +262,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction<f, has_bias
     variable_list result(3);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
-    std::tie(result[0], result[1], result[2]) = call_layer_backward(
-        f, grads[0], saved[0], saved[1], saved[2],
+    std::tie(result[0], result[1], result[2]) = layer_backward<f>(
+        grads[0], saved[0], saved[1], saved[2],
         {ctx->needs_input_grad(0), ctx->needs_input_grad(1), has_bias && ctx->needs_input_grad(2)});
     return result;
   }
@@ -283,7 +280,7 @@ Tensor layer_autograd(const Tensor& input, const Tensor& weight,
   if (!at::GradMode::is_enabled() ||
       !(needs_grad(input) || needs_grad(weight) || needs_grad(bias))) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_layer(f, input, weight, optional_bias);
+    return layer<f>(input, weight, optional_bias);
   }
   check_layer(op_name(f), input, weight, bias);
   if (!bias.defined()) return LayerFunction<f, false>::apply(input, weight, OptionalTensor());
@@ -302,7 +299,7 @@ Gradients layer_backward_autograd(const Tensor& grad_output, const Tensor& input
   if (!at::GradMode::is_enabled() ||
       !(needs_grad(grad_output) || needs_grad(input) || needs_grad(weight) || needs_grad(output))) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_layer_backward(f, grad_output, input, weight, output, mask);
+    return layer_backward<f>(grad_output, input, weight, output, mask);
   }
   check_layer_backward(grad_output, input, weight, output, mask);
   const variable_list defined = LayerBackwardFunction<f>::apply(
@@ -322,9 +319,9 @@ Tensor layer_autocast(const Tensor& input, const Tensor& weight, const OptionalT
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto dtype = at::autocast::get_autocast_dtype(device);
-  return call_layer(f, at::autocast::cached_cast(dtype, input, device),
-                    at::autocast::cached_cast(dtype, weight, device),
-                    at::autocast::cached_cast(dtype, bias, device));
+  return layer<f>(at::autocast::cached_cast(dtype, input, device),
+                  at::autocast::cached_cast(dtype, weight, device),
+                  at::autocast::cached_cast(dtype, bias, device));
 }
 
 // ---- registration -------------------------------------------------------------------------------
@@ -371,6 +368,40 @@ void impl_backward(torch::Library& library, const char* name, Function aten, Fun
   library.impl(name, torch::dispatch(DispatchKey::Autograd, autograd));
 }
 
+// ---- the operations
+// ------------------------------------------------------------------------------
+
+template <Activation f>
+Tensor layer(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const Shortcut to = shortcut_for(input, weight, value_or_undefined(bias));
+  if (to == Shortcut::kAutograd) return layer_autograd<f>(input, weight, bias);
+  if (to == Shortcut::kCpu) return layer_cpu<f>(input, weight, bias);
+  static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
+      f == Activation::kSigmoid ? "neuron_ext::linear_sigmoid" : "neuron_ext::linear");
+  return op.call(input, weight, bias);
+}
+
+template <Activation f>
+Gradients layer_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                         const Tensor& output, Mask mask) {
+  const Shortcut to = shortcut_for(grad_output, input, weight, output);
+  if (to == Shortcut::kAutograd) {
+    return layer_backward_autograd<f>(grad_output, input, weight, output, mask);
+  }
+  if (to == Shortcut::kCpu) return layer_backward_cpu(grad_output, input, weight, output, mask);
+  if constexpr (f == Activation::kSigmoid) {
+    static const auto op =
+        find_operator<Gradients(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                const Tensor&, Mask)>("neuron_ext::linear_sigmoid_backward");
+    return op.call(grad_output, optional(input), optional(weight), output, mask);
+  } else {
+    static const auto op =
+        find_operator<Gradients(const Tensor&, const OptionalTensor&, const OptionalTensor&, Mask)>(
+            "neuron_ext::linear_backward");
+    return op.call(grad_output, optional(input), optional(weight), mask);
+  }
+}
+
 }  // namespace
 
 void register_linear(torch::Library& library) {
@@ -396,50 +427,24 @@ void register_linear(torch::Library& library) {
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  const Shortcut to = shortcut_for(input, weight, value_or_undefined(bias));
-  if (to == Shortcut::kAutograd) return layer_autograd<Activation::kIdentity>(input, weight, bias);
-  if (to == Shortcut::kCpu) return layer_cpu<Activation::kIdentity>(input, weight, bias);
-  static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
-      "neuron_ext::linear");
-  return op.call(input, weight, bias);
+  return layer<Activation::kIdentity>(input, weight, bias);
 }
 
 Tensor linear_sigmoid(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  const Shortcut to = shortcut_for(input, weight, value_or_undefined(bias));
-  if (to == Shortcut::kAutograd) return layer_autograd<Activation::kSigmoid>(input, weight, bias);
-  if (to == Shortcut::kCpu) return layer_cpu<Activation::kSigmoid>(input, weight, bias);
-  static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
-      "neuron_ext::linear_sigmoid");
-  return op.call(input, weight, bias);
+  return layer<Activation::kSigmoid>(input, weight, bias);
 }
 
 Gradients linear_backward(const Tensor& grad_output, const OptionalTensor& input,
                           const OptionalTensor& weight, Mask output_mask) {
-  const Tensor &x = value_or_undefined(input), &w = value_or_undefined(weight);
-  const Shortcut to = shortcut_for(grad_output, x, w);
-  if (to == Shortcut::kAutograd) {
-    return layer_backward_autograd<Activation::kIdentity>(grad_output, x, w, Tensor(), output_mask);
-  }
-  if (to == Shortcut::kCpu) return layer_backward_cpu(grad_output, x, w, Tensor(), output_mask);
-  static const auto op =
-      find_operator<Gradients(const Tensor&, const OptionalTensor&, const OptionalTensor&, Mask)>(
-          "neuron_ext::linear_backward");
-  return op.call(grad_output, input, weight, output_mask);
+  return layer_backward<Activation::kIdentity>(grad_output, value_or_undefined(input),
+                                               value_or_undefined(weight), Tensor(), output_mask);
 }
 
 Gradients linear_sigmoid_backward(const Tensor& grad_output, const OptionalTensor& input,
                                   const OptionalTensor& weight, const Tensor& output,
                                   Mask output_mask) {
-  const Tensor &x = value_or_undefined(input), &w = value_or_undefined(weight);
-  const Shortcut to = shortcut_for(grad_output, x, w, output);
-  if (to == Shortcut::kAutograd) {
-    return layer_backward_autograd<Activation::kSigmoid>(grad_output, x, w, output, output_mask);
-  }
-  if (to == Shortcut::kCpu) return layer_backward_cpu(grad_output, x, w, output, output_mask);
-  static const auto op =
-      find_operator<Gradients(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                              const Tensor&, Mask)>("neuron_ext::linear_sigmoid_backward");
-  return op.call(grad_output, input, weight, output, output_mask);
+  return layer_backward<Activation::kSigmoid>(grad_output, value_or_undefined(input),
+                                              value_or_undefined(weight), output, output_mask);
 }
 
 }  // namespace neuron_ext
