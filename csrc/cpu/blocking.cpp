@@ -28,10 +28,12 @@ constexpr double kWorkPerThread = 1 << 18;
 constexpr std::int64_t kPackCost = 16;
 
 /// Whether so few rows are better used from memory than packed against. Measured on Zen 4: dot
-/// products of long, contiguous operands reach the peak without packing, those of short ones spend
-/// their time adding up lanes.
-bool is_few(std::int64_t rows, std::int64_t k, bool k_is_contiguous) {
-  const std::int64_t few = k >= 256 && k_is_contiguous ? 32 : k >= 32 ? 8 : 4;
+/// products of long, contiguous operands reach the peak without packing (of bf16 half of it, as
+/// their loads take as long as the arithmetic), those of short ones spend their time adding up
+/// lanes.
+bool is_few(std::int64_t rows, std::int64_t k, bool k_is_contiguous, DType dtype) {
+  const std::int64_t few_long = dtype == DType::kBFloat16 ? 16 : 32;
+  const std::int64_t few = k >= 256 && k_is_contiguous ? few_long : k >= 32 ? 8 : 4;
   return rows <= few && rows * k <= kLongestRows;
 }
 
@@ -49,12 +51,12 @@ std::int64_t threads_for(std::int64_t m, std::int64_t n, std::int64_t k, int max
 
 bool has_few_columns(const GemmDesc& desc) {
   // Only where A's rows are contiguous, and without what is done to A as it's packed.
-  return desc.n < desc.m && desc.a_stride_k == 1 && is_few(desc.n, desc.k, true) &&
+  return desc.n < desc.m && desc.a_stride_k == 1 && is_few(desc.n, desc.k, true, desc.dtype) &&
          desc.prologue == Activation::kIdentity && !desc.has_a_sum;
 }
 
 bool is_narrow(const GemmDesc& desc) {
-  return is_few(desc.m, desc.k, desc.b_stride_k == 1) || has_few_columns(desc);
+  return is_few(desc.m, desc.k, desc.b_stride_k == 1, desc.dtype) || has_few_columns(desc);
 }
 
 bool is_any(const GemmDesc&) { return true; }

@@ -3,6 +3,7 @@
 // registry.cpp, and how a product is cut is in blocking.cpp.
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -294,16 +295,18 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
   const Operand &few = exchanged ? b : a, &many = exchanged ? a : b;
   const std::int64_t few_count = exchanged ? desc.n : desc.m;
   const std::int64_t many_count = exchanged ? desc.m : desc.n;
-  const std::int64_t row_stride = round_up(desc.k, kernel.lanes);
+  const std::int64_t row_stride = round_up(divide_up(desc.k, kernel.kr), kernel.lanes);
   const std::int64_t strips = divide_up(many_count, kernel.nr);
   const std::int64_t threads = threads_for(desc.m, desc.n, desc.k, parallel_for.max_threads());
 
   with_buffer<S>(shared_buffer, few_count * row_stride, [&](S* rows) {
+    int lowest_in_rows = std::numeric_limits<int>::max() / 2;
     for (std::int64_t i = 0; i < few_count; ++i) {
-      functions.widen_row(few, i, desc.k, rows + i * row_stride);
+      const int lowest_in_row = functions.widen_row(few, i, desc.k, rows + i * row_stride);
+      lowest_in_rows = std::min(lowest_in_rows, lowest_in_row);
       if (!desc.has_a_sum) continue;
       S sum;
-      kernel.sum_row(desc.k, rows + i * row_stride, &sum);
+      kernel.sum_row(divide_up(desc.k, kernel.kr), rows + i * row_stride, &sum);
       functions.narrow_row(1, &sum, offset(at.a_sum, desc.dtype, i));
     }
     parallel_for(strips, divide_up(strips, threads), [&](std::int64_t begin, std::int64_t end) {
@@ -315,8 +318,8 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
         for (std::int64_t strip = begin; strip < end; ++strip) {
           const std::int64_t first = strip * kernel.nr;
           const std::int64_t count = std::min(kernel.nr, many_count - first);
-          functions.multiply_narrow(few_count, desc.k, rows, row_stride, many, first, count, tile,
-                                    kernel.nr);
+          functions.multiply_narrow(few_count, desc.k, rows, row_stride, lowest_in_rows, many,
+                                    first, count, tile, kernel.nr);
           if (exchanged) {
             for (std::int64_t i = 0; i < count; ++i) {
               for (std::int64_t j = 0; j < few_count; ++j) {

@@ -30,9 +30,8 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
 
-// clang-format off: each builds on those before it
+// clang-format off: the vectors build on what the kernels share
 #include "kernels-inl.h"
-#include "pairs-inl.h"
 #include "vector_avx512-inl.h"
 // clang-format on
 
@@ -40,15 +39,12 @@ namespace neuron_ext::cpu {
 namespace {
 
 struct VectorPairs : VectorF32 {
+  using Careful = CarefulPairs<VectorPairs>;
+  static constexpr int kTerms = 2;
   static constexpr std::int64_t kLongestSum = 256;  // of bf16, whose last store loses far more
 
   static Reg multiply_add(Reg a, Reg b, Reg c) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-  }
-
-  static float sum_of_place(float place) {
-    const auto bits = std::bit_cast<std::uint32_t>(place);
-    return std::bit_cast<float>(bits << 16) + std::bit_cast<float>(bits & 0xffff0000);
   }
 
   /// The first `count` <= 32 halves at p, then zeros.
@@ -80,12 +76,11 @@ struct VectorPairs : VectorF32 {
     return exponent == 0 ? kSubnormal : exponent;
   }
   static constexpr int kSubnormal = -1000;
+  // Two biased exponents, of bf16 with 7 bits below the leading one, whose product's last bit is a
+  // normal number: then sums of such products are zero or normal too, and the instruction is exact
+  // in all that it would otherwise take for zero.
+  static constexpr int kLowestExponents = 2 * 127 + 2 * 7 - 126;
 };
-
-// Two biased exponents, of bf16 with 7 bits below the leading one, whose product's last bit is a
-// normal number: then sums of such products are zero or normal too, and the instruction is exact
-// in all that it would otherwise take for zero.
-constexpr int kLowestExponents = 2 * 127 + 2 * 7 - 126;
 
 constexpr Isa kIsa = Isa::kAvx512Bf16;
 constexpr int kMr = 14, kNr = 2 * VectorPairs::kLanes;
@@ -95,8 +90,8 @@ consteval GemmKernel pairs_kernel() {
   kernel.kr = 2;
   kernel.kc = 2 * kLongestBlock;
   kernel.microkernel = Microkernels<VectorPairs, kMr, kNr>::run;
-  kernel.careful_microkernel = Microkernels<CarefulPairs<VectorPairs>, kMr, kNr>::run;
-  kernel.lowest_exponents = kLowestExponents;
+  kernel.careful_microkernel = Microkernels<VectorPairs::Careful, kMr, kNr>::run;
+  kernel.lowest_exponents = VectorPairs::kLowestExponents;
   kernel.sum_panel = sum_panel<VectorPairs, kMr>;
   GemmFunctions functions = kernel.of(DType::kBFloat16);
   functions.pack_a = pack_pairs<VectorPairs, kMr>;
@@ -106,15 +101,19 @@ consteval GemmKernel pairs_kernel() {
   return kernel;
 }
 
-consteval GemmKernel narrow_bf16_kernel() {
+consteval GemmKernel narrow_pairs_kernel() {
   GemmKernel kernel = narrow_kernel<VectorF32>("gemm_narrow_bf16_avx512_bf16", kIsa);
-  const GemmFunctions functions = kernel.of(DType::kBFloat16);
+  kernel.kr = 2;
+  kernel.sum_row = sum_row<VectorPairs>;
+  GemmFunctions functions = kernel.of(DType::kBFloat16);
+  functions.widen_row = pair_row<VectorPairs>;
+  functions.multiply_narrow = multiply_narrow<VectorPairs, BFloat16>;
   kernel.functions = {};
   kernel.functions[static_cast<int>(DType::kBFloat16)] = functions;
   return kernel;
 }
 
-constexpr GemmKernel kGemm[] = {narrow_bf16_kernel(), pairs_kernel()};
+constexpr GemmKernel kGemm[] = {narrow_pairs_kernel(), pairs_kernel()};
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #include "vec_math-inl.h"
 #include "elementwise-inl.h"
 #include "pack-inl.h"
+#include "pairs-inl.h"
 #include "microkernel-inl.h"
 #include "epilogue-inl.h"
 #include "narrow-inl.h"

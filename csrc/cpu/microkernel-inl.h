@@ -15,14 +15,14 @@ constexpr std::int64_t kLongestSum = [] {
   return std::int64_t{sizeof(Scalar<V>) == 4 ? 128 : 256};
 }();
 
-/// tile[i][j] (+)= sum over p < kc of a[p][i] b[p][j], for i < kRows and j < kVectors * kLanes. The
-/// panels and the tile are kMr and kNr wide. The sum is formed from zero, and only then added, so
-/// that its arithmetic is the same wherever its element lies.
+/// tile[i][j] (+)= sum over p < depth of a[p][i] b[p][j], for i < kRows and j < kVectors * kLanes.
+/// The panels and the tile are kMr and kNr wide. The sum is formed from zero, and only then added,
+/// so that its arithmetic is the same wherever its element lies.
 template <class V, int kMr, int kNr, int kRows, int kVectors>
-void microkernel(std::int64_t kc, const Scalar<V>* a, const Scalar<V>* b, Scalar<V>* tile,
+void microkernel(std::int64_t depth, const Scalar<V>* a, const Scalar<V>* b, Scalar<V>* tile,
                  bool add) {
   Reg<V> sum[kRows][kVectors] = {};
-  for (std::int64_t p = 0; p < kc; ++p, a += kMr, b += kNr) {
+  for (std::int64_t p = 0; p < depth; ++p, a += kMr, b += kNr) {
     Reg<V> b_p[kVectors];
     for (int v = 0; v < kVectors; ++v) b_p[v] = load<V>(b + v * V::kLanes);
     for (int i = 0; i < kRows; ++i) {
@@ -50,7 +50,7 @@ struct Microkernels {
     return kKernels[rows - 1];
   }
 
-  static void run(std::int64_t rows, std::int64_t columns, std::int64_t kc, const void* a,
+  static void run(std::int64_t rows, std::int64_t columns, std::int64_t depth, const void* a,
                   const void* b, void* tile, bool add) {
     static_assert(kNr == 2 * V::kLanes);
     constexpr std::make_integer_sequence<int, kMr> kRows;
@@ -65,11 +65,11 @@ struct Microkernels {
     }
     std::int64_t p = 0;
     do {
-      kernel(kc - p < kLongestSum<V> ? kc - p : kLongestSum<V>,
+      kernel(depth - p < kLongestSum<V> ? depth - p : kLongestSum<V>,
              static_cast<const Scalar<V>*>(a) + p * kMr, static_cast<const Scalar<V>*>(b) + p * kNr,
              static_cast<Scalar<V>*>(tile), add || p != 0);
       p += kLongestSum<V>;
-    } while (p < kc);
+    } while (p < depth);
   }
 };
 

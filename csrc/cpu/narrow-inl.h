@@ -10,18 +10,41 @@ namespace {
 // Terms that a lane adds up before its sum is added to the tile, as in the micro-kernel.
 constexpr std::int64_t kNarrowBlock = 256;
 
+/// What a V that isn't exact for all values (pairs-inl.h) needs to know of those it met.
+template <class V>
+struct Met {
+  void note(Reg<V>) {}
+};
+template <class V>
+  requires requires { V::lower_magnitudes; }
+struct Met<V> {
+  void note(Reg<V> x) { lowest = V::lower_magnitudes(lowest, reinterpret_cast<Words<V>>(x)); }
+  Words<V> lowest = ~Words<V>{};
+};
+
+/// A vector of b's terms along k, `left` of which there are.
+template <class V, class T>
+Reg<V> terms_along_k(const T* b, std::int64_t left) {
+  constexpr int kAll = kTerms<V> * V::kLanes;
+  if constexpr (kTerms<V> == 2) {
+    return reinterpret_cast<Reg<V>>(V::load_pairs(b, left < kAll ? left : kAll));
+  } else {
+    return left < kAll ? load_partial<V>(b, left) : load<V>(b);
+  }
+}
+
 /// tile[i][j] (+)= sum over p < k of rows[i][p] b[p, j]; b's columns are contiguous, rows end in
 /// whole vectors.
 template <class V, class T, int kRows, int kColumns>
 void dot_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, const T* b,
-               std::int64_t b_stride, Scalar<V>* tile, std::int64_t tile_stride, bool add) {
+               std::int64_t b_stride, Scalar<V>* tile, std::int64_t tile_stride, bool add,
+               Met<V>& met) {
   Reg<V> sum[kRows][kColumns] = {};
-  for (std::int64_t p = 0; p < k; p += V::kLanes) {
-    const bool whole = p + V::kLanes <= k;
+  for (std::int64_t p = 0; p * kTerms<V> < k; p += V::kLanes) {
     Reg<V> b_p[kColumns];
     for (int j = 0; j < kColumns; ++j) {
-      const T* const place = b + j * b_stride + p;
-      b_p[j] = whole ? load<V>(place) : load_partial<V>(place, k - p);
+      b_p[j] = terms_along_k<V>(b + j * b_stride + p * kTerms<V>, k - p * kTerms<V>);
+      met.note(b_p[j]);
     }
     for (int i = 0; i < kRows; ++i) {
       const Reg<V> a = load<V>(rows + i * row_stride + p);
@@ -47,17 +70,30 @@ void dot_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, c
   }
 }
 
+/// A vector of b's terms of `lanes` columns from j on, at place p of k terms.
+template <class V, class T>
+Reg<V> terms_along_n(const T* b, std::int64_t stride_k, std::int64_t stride_n, std::int64_t k,
+                     std::int64_t p, std::int64_t j, std::int64_t lanes) {
+  if constexpr (kTerms<V> == 2) {
+    const PairSource<V> source{b, stride_n, stride_k, k};
+    return reinterpret_cast<Reg<V>>(source.along_mn(j, p, lanes));
+  } else {
+    return load<V>(b + p * stride_k + j * stride_n, stride_n, lanes);
+  }
+}
+
 /// The same for kVectors vectors of columns, where b's rows are contiguous or nothing is. `lanes`:
 /// how many columns each vector holds.
 template <class V, class T, int kRows, int kVectors>
 void outer_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, const T* b,
                  std::int64_t b_stride_k, std::int64_t b_stride_n, std::int64_t lanes,
-                 Scalar<V>* tile, std::int64_t tile_stride, bool add) {
+                 Scalar<V>* tile, std::int64_t tile_stride, bool add, Met<V>& met) {
   Reg<V> sum[kRows][kVectors] = {};
-  for (std::int64_t p = 0; p < k; ++p) {
+  for (std::int64_t p = 0; p * kTerms<V> < k; ++p) {
     Reg<V> b_p[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      b_p[v] = load<V>(b + p * b_stride_k + v * V::kLanes * b_stride_n, b_stride_n, lanes);
+      b_p[v] = terms_along_n<V>(b, b_stride_k, b_stride_n, k, p, v * V::kLanes, lanes);
+      met.note(b_p[v]);
     }
     for (int i = 0; i < kRows; ++i) {
       const Reg<V> a = V::set1(rows[i * row_stride + p]);
@@ -81,7 +117,7 @@ void sum_row(std::int64_t k, const void* row, void* sum) {
   for (std::int64_t begin = 0; begin < k; begin += kBlock) {
     Reg<V> block = {};
     for (std::int64_t i = begin; i < k && i < begin + kBlock; i += V::kLanes) {
-      block = block + load<V>(p + i);
+      block = block + sum_of_places<V>(load<V>(p + i));
     }
     total += sum_lanes<V>(block);
   }
@@ -100,32 +136,34 @@ void in_groups(std::int64_t begin, std::int64_t end, const F& f) {
 /// row holds whole vectors.
 template <class V, class T>
 void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
-                     const Operand& b, std::int64_t column, std::int64_t columns, void* tile,
-                     std::int64_t tile_stride) {
+                     int lowest_in_rows, const Operand& b, std::int64_t column,
+                     std::int64_t columns, void* tile, std::int64_t tile_stride) {
+  constexpr std::int64_t kLongest = kNarrowBlock * kTerms<V>;
   constexpr int kRowGroup = V::kRegisters >= 32 ? 4 : 2, kColumnGroup = 4;
   const auto* a = static_cast<const Scalar<V>*>(rows);
   const auto* b_base = static_cast<const T*>(b.base) + column * b.stride_mn;
   auto* sums = static_cast<Scalar<V>*>(tile);
+  Met<V> met;
   if (b.stride_k == 1) {
-    constexpr std::int64_t kBlock = kNarrowBlock * V::kLanes;
+    constexpr std::int64_t kBlock = kLongest * V::kLanes;
     in_groups<kColumnGroup>(0, columns, [&](std::int64_t j, auto group_columns) {
       in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto group_rows) {
         for (std::int64_t p = 0; p == 0 || p < k; p += kBlock) {
           dot_block<V, T, group_rows.value, group_columns.value>(
-              k - p < kBlock ? k - p : kBlock, a + i * row_stride + p, row_stride,
+              k - p < kBlock ? k - p : kBlock, a + i * row_stride + p / kTerms<V>, row_stride,
               b_base + j * b.stride_mn + p, b.stride_mn, sums + i * tile_stride + j, tile_stride,
-              p != 0);
+              p != 0, met);
         }
       });
     });
   } else {
     const auto strip = [&](std::int64_t j, std::int64_t lanes, auto vectors) {
       in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto group_rows) {
-        for (std::int64_t p = 0; p == 0 || p < k; p += kNarrowBlock) {
+        for (std::int64_t p = 0; p == 0 || p < k; p += kLongest) {
           outer_block<V, T, group_rows.value, vectors.value>(
-              k - p < kNarrowBlock ? k - p : kNarrowBlock, a + i * row_stride + p, row_stride,
+              k - p < kLongest ? k - p : kLongest, a + i * row_stride + p / kTerms<V>, row_stride,
               b_base + j * b.stride_mn + p * b.stride_k, b.stride_k, b.stride_mn, lanes,
-              sums + i * tile_stride + j, tile_stride, p != 0);
+              sums + i * tile_stride + j, tile_stride, p != 0, met);
         }
       });
     };
@@ -134,6 +172,12 @@ void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int6
         0, whole, [&](std::int64_t v, auto vectors) { strip(v * V::kLanes, V::kLanes, vectors); });
     if (whole * V::kLanes < columns) {
       strip(whole * V::kLanes, columns - whole * V::kLanes, std::integral_constant<int, 1>{});
+    }
+  }
+  if constexpr (kTerms<V> == 2) {
+    if (lowest_in_rows + V::lowest_exponent(met.lowest) < V::kLowestExponents) {
+      multiply_narrow<typename V::Careful, T>(m, k, rows, row_stride, lowest_in_rows, b, column,
+                                              columns, tile, tile_stride);
     }
   }
 }

@@ -139,22 +139,24 @@ int pack_panel(const Operand& operand, std::int64_t mn, std::int64_t count, std:
 
 /// row[p] = operand[mn, p] for p < k, then zeros up to a whole vector.
 template <class V, class T>
-void widen_row(const Operand& operand, std::int64_t mn, std::int64_t k, void* row) {
+int widen_row(const Operand& operand, std::int64_t mn, std::int64_t k, void* row) {
   visit_source<V, T>(operand, [&](const auto& source) {
     for (std::int64_t p = 0; p < k; p += V::kLanes) {
       const std::int64_t count = k - p < V::kLanes ? k - p : V::kLanes;
       store<V>(static_cast<Scalar<V>*>(row) + p, source.along_k(mn, p, count));
     }
   });
+  return 0;
 }
 
-/// What a place of a panel adds to a sum: itself, unless it holds several values.
+/// What places of a panel or row add to a sum: themselves, unless they hold several terms.
 template <class V>
-Scalar<V> sum_of_place(Scalar<V> place) {
-  if constexpr (requires { V::sum_of_place(place); }) {
-    return V::sum_of_place(place);
+Reg<V> sum_of_places(Reg<V> places) {
+  if constexpr (kTerms<V> == 2) {
+    const auto pairs = reinterpret_cast<Words<V>>(places);
+    return lower<V>(pairs) + upper<V>(pairs);
   } else {
-    return place;
+    return places;
   }
 }
 
@@ -163,16 +165,21 @@ Scalar<V> sum_of_place(Scalar<V> place) {
 template <class V, int kWidth>
 void sum_panel(std::int64_t depth, const void* panel, void* sums) {
   constexpr std::int64_t kShortSum = 16;
+  constexpr int kVectors = (kWidth + V::kLanes - 1) / V::kLanes;
   const auto* p = static_cast<const Scalar<V>*>(panel);
-  Scalar<V> block[kWidth] = {};
+  Reg<V> block[kVectors] = {};
   for (std::int64_t begin = 0; begin < depth; begin += kShortSum) {
-    Scalar<V> terms[kWidth] = {};
+    Reg<V> terms[kVectors] = {};
     for (std::int64_t k = begin; k < depth && k < begin + kShortSum; ++k) {
-      for (int i = 0; i < kWidth; ++i) terms[i] += sum_of_place<V>(p[k * kWidth + i]);
+      for (int v = 0; v < kVectors; ++v) {
+        terms[v] = terms[v] + sum_of_places<V>(load<V>(p + k * kWidth + v * V::kLanes));
+      }
     }
-    for (int i = 0; i < kWidth; ++i) block[i] += terms[i];
+    for (int v = 0; v < kVectors; ++v) block[v] = block[v] + terms[v];
   }
-  for (int i = 0; i < kWidth; ++i) static_cast<Scalar<V>*>(sums)[i] += block[i];
+  for (int i = 0; i < kWidth; ++i) {
+    static_cast<Scalar<V>*>(sums)[i] += block[i / V::kLanes][i % V::kLanes];
+  }
 }
 
 }  // namespace

@@ -7,16 +7,6 @@
 namespace neuron_ext::cpu {
 namespace {
 
-/// The halves of each place as f32.
-template <class V>
-Reg<V> lower(Words<V> pairs) {
-  return reinterpret_cast<Reg<V>>(pairs << 16);
-}
-template <class V>
-Reg<V> upper(Words<V> pairs) {
-  return reinterpret_cast<Reg<V>>(pairs & 0xffff0000);
-}
-
 /// The bf16 nearest to x, in the lower half.
 template <class V>
 Words<V> nearest_bf16(Reg<V> x) {
@@ -29,6 +19,8 @@ Words<V> nearest_bf16(Reg<V> x) {
 /// makes zeros of them; where there are none, the results are the same.
 template <class V>
 struct CarefulPairs : V {
+  static constexpr int kLowestExponents = 2 * V::kSubnormal;  // takes all
+
   static Reg<V> multiply_add(Reg<V> a, Reg<V> b, Reg<V> c) {
     const auto a_bits = reinterpret_cast<Words<V>>(a), b_bits = reinterpret_cast<Words<V>>(b);
     return V::fma(lower<V>(a_bits), lower<V>(b_bits),
@@ -130,6 +122,21 @@ int pack_pairs(const Operand& operand, std::int64_t mn, std::int64_t count, std:
   int lowest = 0;
   visit_pairs<V>(operand, k + kc, [&](const auto& source) {
     pack_source<V, kWidth>(source, mn, count, k / 2, (kc + 1) / 2, static_cast<Scalar<V>*>(panel));
+    lowest = source.lowest_exponent();
+  });
+  return lowest;
+}
+
+/// As widen_row, in pairs. Returns the lowest exponent in the row.
+template <class V>
+int pair_row(const Operand& operand, std::int64_t mn, std::int64_t k, void* row) {
+  int lowest = 0;
+  visit_pairs<V>(operand, k, [&](const auto& source) {
+    const std::int64_t places = (k + 1) / 2;
+    for (std::int64_t p = 0; p < places; p += V::kLanes) {
+      const std::int64_t count = places - p < V::kLanes ? places - p : V::kLanes;
+      store<V>(static_cast<Scalar<V>*>(row) + p, source.along_k(mn, p, count));
+    }
     lowest = source.lowest_exponent();
   });
   return lowest;

@@ -28,11 +28,11 @@ struct GemmFunctions {
                 std::int64_t kc, void* panel);
   int (*pack_b)(const Operand& b, std::int64_t j, std::int64_t count, std::int64_t k,
                 std::int64_t kc, void* panel);
-  void (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row);
+  int (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row);
   // narrow-inl.h
   void (*multiply_narrow)(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
-                          const Operand& b, std::int64_t column, std::int64_t columns, void* tile,
-                          std::int64_t tile_stride);
+                          int lowest_in_rows, const Operand& b, std::int64_t column,
+                          std::int64_t columns, void* tile, std::int64_t tile_stride);
   // epilogue-inl.h
   void (*widen_bias)(const void* bias, std::int64_t stride, std::int64_t n, void* row);
   void (*epilogue)(Activation activation, std::int64_t rows, std::int64_t columns, const void* tile,

@@ -37,6 +37,23 @@ using Words = typename Integers<V>::Words;
 template <class V>
 using Halves = typename Integers<V>::Halves;
 
+/// How many terms of a sum share a lane: one, unless V says otherwise (pairs-inl.h).
+template <class V>
+constexpr int kTerms = [] {
+  if constexpr (requires { V::kTerms; }) return V::kTerms;
+  return 1;
+}();
+
+/// Where they are two: bf16 in the halves of a lane, as f32.
+template <class V>
+Reg<V> lower(Words<V> pairs) {
+  return reinterpret_cast<Reg<V>>(pairs << 16);
+}
+template <class V>
+Reg<V> upper(Words<V> pairs) {
+  return reinterpret_cast<Reg<V>>(pairs & 0xffff0000);
+}
+
 // ---- loads: from any storage type, any stride, or fewer elements than lanes (the rest are zero) -
 
 template <class V>
