@@ -33,12 +33,12 @@ class Kernel(NamedTuple):
 
 
 def cpu_isa() -> str:
-    """The instruction set CPU kernels are chosen for: "portable", "avx2" or "avx512"."""
+    """The best instruction set that kernels are chosen of: one of :func:`supported_cpu_isas`."""
     return _C.cpu_isa()
 
 
 def supported_cpu_isas() -> tuple[str, ...]:
-    """What this machine can run, worst first."""
+    """What this machine can run of "portable", "avx2", "avx512" and "avx512_bf16", worst first."""
     return tuple(_C.supported_cpu_isas())
 
 

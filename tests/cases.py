@@ -365,6 +365,8 @@ def layer_backward(
 ) -> tuple[Approx, Approx, Approx]:
     """dx, dW and db; `y` for a layer that ends in a sigmoid."""
     dz = dy if y is None else arithmetic.sigmoid_backward(dy, y)
+    if y is not None and arithmetic.dtype == torch.bfloat16:
+        dz = arithmetic.stored(dz)  # an operand of bf16 instructions, as it is in torch's layers
     return (
         arithmetic.stored(arithmetic.product(dz, weight)),
         arithmetic.stored(arithmetic.product(dz.rows().T, x.rows())),
