@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812, as all of torch's users write it
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
