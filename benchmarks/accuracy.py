@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812, as all of torch's users write it
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812, as all of torch's users write it
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuron_ext

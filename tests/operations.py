@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812, as all of torch's users write it
+import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_ext import functional

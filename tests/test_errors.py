@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812, as all of torch's users write it
+import torch.nn.functional as F
 from cases import DTYPES, assert_same_outcome, integers, name_of, outcome, sample
 from torch import Tensor
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812, as all of torch's users write it
+import torch.nn.functional as F
 from cases import (
     EMPTY_SHAPES,
     LARGE_SHAPES,

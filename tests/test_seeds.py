@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812, as all of torch's users write it
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuron_ext

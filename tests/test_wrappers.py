@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812, as all of torch's users write it
+import torch.nn.functional as F
 from operations import (
     ALL,
     LINEAR,
