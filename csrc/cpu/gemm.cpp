@@ -315,19 +315,26 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
       with_buffer<S>(task_buffer, 2 * tile_size + kernel.nr, [&](S* tile) {
         S* const transposed = tile + tile_size;
         S* const bias = transposed + tile_size;
+        if (exchanged && desc.has_bias) {
+          functions.widen_bias(at.bias, desc.bias_stride, few_count, bias);
+        }
         for (std::int64_t strip = begin; strip < end; ++strip) {
           const std::int64_t first = strip * kernel.nr;
           const std::int64_t count = std::min(kernel.nr, many_count - first);
           functions.multiply_narrow(few_count, desc.k, rows, row_stride, lowest_in_rows, many,
                                     first, count, tile, kernel.nr);
           if (exchanged) {
-            for (std::int64_t i = 0; i < count; ++i) {
-              for (std::int64_t j = 0; j < few_count; ++j) {
-                transposed[i * few_count + j] = tile[j * kernel.nr + i];
+            for (std::int64_t j = 0; j < few_count; ++j) {
+              const S* const column = tile + j * kernel.nr;
+              for (std::int64_t i = 0; i < count; ++i) {
+                transposed[i * few_count + j] = desc.has_bias ? column[i] + bias[j] : column[i];
               }
             }
-            Epilogue<S>(kernel, desc, at, 0, few_count, bias)
-                .store(first, count, 0, few_count, transposed, few_count);
+            // Rows of D that follow each other are stored as one.
+            const std::int64_t together = desc.d_stride_m == few_count ? count : 1;
+            functions.epilogue(desc.epilogue, count / together, together * few_count, transposed,
+                               few_count, nullptr,
+                               offset(at.d, desc.dtype, first * desc.d_stride_m), desc.d_stride_m);
           } else {
             Epilogue<S>(kernel, desc, at, first, count, bias)
                 .store(0, few_count, first, count, tile, kernel.nr);

@@ -144,7 +144,9 @@ void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int6
   const auto* b_base = static_cast<const T*>(b.base) + column * b.stride_mn;
   auto* sums = static_cast<Scalar<V>*>(tile);
   Met<V> met;
-  if (b.stride_k == 1) {
+  // Adding up lanes takes as long as collecting the columns of a few k.
+  constexpr std::int64_t kFewTerms = 4;
+  if (b.stride_k == 1 && k > kFewTerms) {
     constexpr std::int64_t kBlock = kLongest * V::kLanes;
     in_groups<kColumnGroup>(0, columns, [&](std::int64_t j, auto group_columns) {
       in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto group_rows) {

@@ -102,7 +102,9 @@ void pack_source(const Source& source, std::int64_t mn, std::int64_t count, std:
   constexpr int kLanes = V::kLanes;
   constexpr int kSlices = (kWidth + kLanes - 1) / kLanes;
   const auto lanes_of = [](std::int64_t left) { return left < kLanes ? left : kLanes; };
-  if (source.unit_k()) {
+  // A square of a few k is mostly empty: then, collecting them one by one takes less.
+  constexpr std::int64_t kFewPlaces = 3;
+  if (source.unit_k() && kc > kFewPlaces) {
     for (std::int64_t p = 0; p < kc; p += kLanes) {
       const std::int64_t depth = lanes_of(kc - p);
       for (int slice = kSlices - 1; slice >= 0; --slice) {
