@@ -45,9 +45,9 @@ void map_strided(std::int64_t n, T* y, std::int64_t y_stride, const F& f,
   }
 }
 
-template <class V, class F>
+template <class V, class T, class F>
 struct Forward {
-  Reg<V> operator()(Reg<V> x) const { return F::template apply<V>(x); }
+  Reg<V> operator()(Reg<V> x) const { return F::template apply<V, T>(x); }
 };
 template <class V, class F>
 struct Backward {
@@ -59,7 +59,7 @@ void activate(Activation activation, std::int64_t n, const void* x, std::int64_t
               std::int64_t y_stride) {
   const StridedInput<T> inputs[] = {{static_cast<const T*>(x), x_stride}};
   visit_activation(activation, [&]<class F>(F) {
-    map_strided<V>(n, static_cast<T*>(y), y_stride, Forward<V, F>{}, inputs,
+    map_strided<V>(n, static_cast<T*>(y), y_stride, Forward<V, T, F>{}, inputs,
                    std::integer_sequence<int, 0>{});
   });
 }

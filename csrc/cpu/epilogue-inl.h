@@ -23,7 +23,7 @@ void short_rows_epilogue(std::int64_t rows, std::int64_t columns, const Scalar<V
     }
     const std::int64_t size = count * columns;
     for (std::int64_t e = 0; e < size; e += V::kLanes) {
-      store<V>(results + e, F::template apply<V>(load<V>(sums + e)));
+      store<V>(results + e, F::template apply<V, T>(load<V>(sums + e)));
     }
     for (std::int64_t i = 0; i < count; ++i) {
       for (std::int64_t j = 0; j < columns; ++j) {
@@ -52,7 +52,7 @@ void epilogue(Activation activation, std::int64_t rows, std::int64_t columns, co
         Reg<V> z = load<V>(sums + i * tile_stride + j);
         if (bias != nullptr) z = z + load<V>(bias_row + j);
         const std::int64_t left = columns - j;
-        store<V>(d_rows + i * d_stride + j, F::template apply<V>(z),
+        store<V>(d_rows + i * d_stride + j, F::template apply<V, T>(z),
                  left < V::kLanes ? left : V::kLanes);
       }
     }
