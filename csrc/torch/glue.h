@@ -74,6 +74,13 @@ c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+/// Says once that a GPU's tensors are computed by ATen.
+inline void warn_of_cuda(const at::Tensor& input) {
+  if (!input.is_cuda()) return;
+  TORCH_WARN_ONCE(
+      "neuron_ext was built without CUDA kernels: torch computes its operations on CUDA tensors");
+}
+
 /// Runs `compute`, which calls ATen; its errors get `context()` before them, since ATen speaks of
 /// mat1 and mat2. Errors with a type of their own (TypeError, NotImplementedError, ...) pass as
 /// they are.

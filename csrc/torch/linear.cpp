@@ -55,6 +55,7 @@ Gradients layer_backward(const Tensor& grad_output, const Tensor& input, const T
 
 template <Activation f>
 Tensor layer_aten(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  warn_of_cuda(input);
   return with_context(
       [&] {
         const Tensor z = at::linear(input, weight, bias);

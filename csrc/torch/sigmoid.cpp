@@ -68,6 +68,7 @@ Tensor empty_elementwise(const Tensor& t) {
 }
 
 Tensor sigmoid_aten(const Tensor& input) {
+  warn_of_cuda(input);
   return with_context([&] { return at::sigmoid(input); },
                       [&] { return c10::str("sigmoid: input is ", describe(input)); });
 }
