@@ -143,22 +143,24 @@ def test_show_config() -> None:
 
 
 CUDA_TENSORS = """
-import warnings
+import torch
 from torch._subclasses import FakeTensorMode
+from neuron_ext import functional
 
-with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
+with FakeTensorMode():
     x, w = torch.empty(2, 5, device="cuda"), torch.empty(3, 2, device="cuda")
     outputs = [functional.linear(x, x), functional.sigmoid(x), functional.mlp(x, [x, w])]
-print([str(y.device) for y in outputs], [str(w.message) for w in caught])
+print([str(y.device) for y in outputs])
 """
 
 
 @pytest.mark.skipif(backends.cuda_is_built(), reason="this build has CUDA kernels")
 def test_without_cuda_kernels_torch_computes_and_one_warning_says_so() -> None:
-    output = run(CUDA_TENSORS)
-    assert output.startswith("['cuda:0', 'cuda:0', 'cuda:0'] [")
-    assert output.count("without CUDA kernels") == 1
+    result = subprocess.run(
+        [sys.executable, "-c", CUDA_TENSORS], capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout.strip() == "['cuda:0', 'cuda:0', 'cuda:0']"
+    assert (result.stdout + result.stderr).count("without CUDA kernels") == 1
 
 
 # ---- the environment
