@@ -151,7 +151,7 @@ def run() -> int:
         f"the same dtype. {len(_CASES)} shapes and layouts: batched, empty, sliced, expanded, ...\n"
     )
     columns = "".join(f"{_name(dtype):>10}" for dtype in _DTYPES)
-    print(f"  {'op':<16}{'kernels':<10}{columns}")
+    print(f"  {'op':<16}{'kernels':<12}{columns}")
     ran: set[str] = set()
     for op in _OPS:
         _print_parity(op, isas, failures, ran)
@@ -165,7 +165,7 @@ def run() -> int:
         "second derivatives": _second_derivatives,
         "the notebooks' 0.1595, -1.6619, 0.3171": _notebook_numbers,
     }
-    print(f"\n  {'':<44}{''.join(f'{isa:>10}' for isa in isas)}")
+    print(f"\n  {'':<44}{''.join(f'{isa:>13}' for isa in isas)}")
     for title, group in groups.items():
         cells = []
         for isa in isas:
@@ -173,7 +173,7 @@ def run() -> int:
                 wrong = group()
             failures += [f"{title}, {isa}: {what}" for what in wrong]
             cells.append("WRONG" if wrong else "correct")
-        print(f"  {title:<44}{''.join(f'{cell:>10}' for cell in cells)}", flush=True)
+        print(f"  {title:<44}{''.join(f'{cell:>13}' for cell in cells)}", flush=True)
 
     seconds = time.perf_counter() - start
     if failures:
@@ -225,7 +225,7 @@ def _print_parity(op: _Op, isas: Sequence[str], failures: list[str], ran: set[st
         cells = "".join(f"{errors_of[dtype]:>10.2f}" for dtype in _DTYPES)
         name = op.name if row == isas[0] else ""
         wrong = row != "torch" and not max(errors_of.values()) <= 1
-        print(f"  {name:<16}{row:<10}{cells}{'  WRONG' if wrong else ''}", flush=True)
+        print(f"  {name:<16}{row:<12}{cells}{'  WRONG' if wrong else ''}", flush=True)
 
 
 def _arguments(op: _Op, case: _Case, dtype: torch.dtype) -> _Arguments:
