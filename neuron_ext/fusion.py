@@ -55,6 +55,7 @@ _Parts = tuple[type[nn.Module], str, tuple[tuple[str, Any], ...]]
 _LINEARS: _Classes = (nn.Linear, Linear)
 _SIGMOIDS: _Classes = (nn.Sigmoid, Sigmoid)
 _SIGMOID_FUNCTIONS = (torch.sigmoid, nn.functional.sigmoid, torch.special.expit)
+_LISTINGS = frozenset(("children", "get_submodule", "modules", "named_children", "named_modules"))
 
 
 def fuse(module: _ModuleT) -> _ModuleT:
@@ -187,9 +188,12 @@ def _looked_into(root: nn.Module) -> set[int]:
     """Ids of the modules that a method of the user's may do other things with than call them.
 
     So it may after ``self.net[0](x)`` or ``for layer in self.net``, but not after ``self.net(x)``
-    or ``self.net.parameters()``. What ``__init__`` does is over by now.
+    or ``self.net.parameters()``. What ``__init__`` does is over by now. A ``forward`` that lists
+    modules, as with ``self.modules()``, may call any below its own; other methods that do so are
+    for initialising.
     """
     names: set[str] = set()
+    listed: set[int] = set()
     for cls in {cls for module in root.modules() for cls in type(module).__mro__}:
         if not issubclass(cls, nn.Module) or _is_library(cls.__module__):
             continue
@@ -197,8 +201,12 @@ def _looked_into(root: nn.Module) -> set[int]:
             member = getattr(member, "fget", getattr(member, "__func__", member))
             function = inspect.unwrap(member) if callable(member) else None
             if isinstance(function, FunctionType) and name != "__init__":
-                names.update(_names_looked_into(function.__code__))
-    return {
+                looked_into = set(_names_looked_into(function.__code__))
+                names |= looked_into
+                if name == "forward" and looked_into & _LISTINGS:
+                    owners = (m for m in root.modules() if isinstance(m, cls))
+                    listed.update(id(m) for owner in owners for m in owner.modules())
+    return listed | {
         id(child)
         for parent in root.modules()
         for name, child in parent._modules.items()
@@ -207,15 +215,20 @@ def _looked_into(root: nn.Module) -> set[int]:
 
 
 def _names_looked_into(code: CodeType) -> Iterator[str]:
-    """Names of attributes that are neither called nor used in a way that keeps members inside."""
+    """Names of attributes that are neither called nor used in a way that keeps members inside.
+
+    Methods that list modules are among them.
+    """
     for this, following in itertools.pairwise(dis.get_instructions(code)):
+        if this.opname in ("LOAD_ATTR", "LOAD_METHOD") and this.argval in _LISTINGS:
+            yield this.argval
         is_called = sys.version_info >= (3, 12) and (this.arg or 0) & 1  # a LOAD_METHOD before 3.12
         if this.opname != "LOAD_ATTR" or is_called:
             continue
         if (
             following.opname not in ("LOAD_ATTR", "LOAD_METHOD")
             or not hasattr(nn.Module, following.argval)
-            or following.argval in ("children", "named_children", "modules", "named_modules")
+            or following.argval in _LISTINGS
         ):
             yield this.argval
     for constant in code.co_consts:

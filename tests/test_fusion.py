@@ -480,6 +480,15 @@ def children_of_sequential(self: Any, x: Tensor) -> Tensor:
     return torch.cat([layer(x) for layer in self.net.children()])
 
 
+def members_of_children(self: Any, x: Tensor) -> Tensor:
+    return torch.cat([child[0](x) for child in self.children() if isinstance(child, nn.Sequential)])
+
+
+def member_by_path(self: Any, x: Tensor) -> Tensor:
+    layer: Tensor = self.get_submodule("net.0")(x)
+    return layer
+
+
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
@@ -508,6 +517,8 @@ def children_of_sequential(self: Any, x: Tensor) -> Tensor:
         (member_of_sequential, "looks up members"),
         (members_of_sequential, "looks up members"),
         (children_of_sequential, "looks up members"),
+        (members_of_children, "looks up members"),
+        (member_by_path, "looks up members"),
     ],
 )
 def test_forward_is_left_alone(
