@@ -85,7 +85,7 @@ def show_config() -> str:
     """What was built and what will run here, as text."""
     info = _C.build_info()
     rows = "\n".join(
-        f"    {k.name:<28} {k.isa:<9} {', '.join(k.dtypes)}"
+        f"    {k.name:<28} {k.isa:<11} {', '.join(k.dtypes)}"
         + ("" if k.runnable else "  (not on this CPU)")
         for k in kernels()
     )

@@ -114,7 +114,8 @@ def mlp(
         RuntimeError: shapes, dtypes or devices don't fit; the message names layer and argument.
     """
     weights = list(weights)
-    all_biases: list[Tensor | None] = list(biases) if biases else [None] * len(weights)
+    all_biases = [] if biases is None else list(biases)
+    all_biases = all_biases or [None] * len(weights)
     if not is_compiling():
         output = _C.mlp(input, weights, all_biases, output_activation)
         if output is not NotImplemented:

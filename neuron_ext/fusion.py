@@ -187,10 +187,10 @@ def _converted(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 def _looked_into(root: nn.Module) -> set[int]:
     """Ids of the modules that a method of the user's may do other things with than call them.
 
-    So it may after ``self.net[0](x)`` or ``for layer in self.net``, but not after ``self.net(x)``
-    or ``self.net.parameters()``. What ``__init__`` does is over by now. A ``forward`` that lists
-    modules, as with ``self.modules()``, may call any below its own; other methods that do so are
-    for initialising.
+    So it may after ``self.net[0](x)`` or ``for layer in self.net``, also with what is below (as in
+    ``self.net[0][1](x)``), but not after ``self.net(x)`` or ``self.net.parameters()``. What
+    ``__init__`` does is over by now. A ``forward`` that lists modules, as with ``self.modules()``,
+    may call any below its own; other methods that do so are for initialising.
     """
     names: set[str] = set()
     listed: set[int] = set()
@@ -207,10 +207,11 @@ def _looked_into(root: nn.Module) -> set[int]:
                     owners = (m for m in root.modules() if isinstance(m, cls))
                     listed.update(id(m) for owner in owners for m in owner.modules())
     return listed | {
-        id(child)
+        id(module)
         for parent in root.modules()
         for name, child in parent._modules.items()
-        if name in names
+        if name in names and child is not None
+        for module in child.modules()
     }
 
 

@@ -187,11 +187,9 @@ def test_the_environment_chooses_the_isa(chosen: str) -> None:
 
 
 def test_an_isa_in_the_environment_that_does_not_exist() -> None:
-    message = run("print('imported')", NEURON_EXT_CPU_ISA="mmx")
-    assert "NEURON_EXT_CPU_ISA" in message
-    assert "mmx" in message
-    assert "portable" in message
-    assert "imported" not in message
+    *_, message = run("print('imported')", NEURON_EXT_CPU_ISA="mmx").splitlines()
+    for part in ("NEURON_EXT_CPU_ISA", "mmx", "portable"):
+        assert part in message
 
 
 STATE = """

@@ -336,6 +336,20 @@ def test_compiled_autograd() -> None:
     assert counters["compiled_autograd"]["captures"] == 1
 
 
+def test_compiled_autograd_of_what_ran_eagerly() -> None:
+    model = neuron_ext.MLP([3, 4, 2])
+    x = torch.randn(5, 3)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(x).pow(2).sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        assert_close(gradients(), expected, 1e-6)
+
+
 def test_inductor() -> None:
     """One compilation of all operations, forward and backward, for any batch."""
     layer = neuron_ext.LinearSigmoid(3, 6)

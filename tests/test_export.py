@@ -26,7 +26,8 @@ class Call(torch.nn.Module):
         self.others = torch.nn.ParameterList(others)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.operation.ours(x, *self.others)
+        others = [self.others[i] for i in range(len(self.others))]  # which torch 2.11 can trace
+        return self.operation.ours(x, *others)
 
 
 class Network(torch.nn.Module):

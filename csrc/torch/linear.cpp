@@ -23,7 +23,6 @@
 
 #include "glue.h"
 #include "layer.h"
-#include "neuron_ext/cpu.h"
 #include "ops.h"
 
 namespace neuron_ext {
@@ -369,8 +368,7 @@ void impl_backward(torch::Library& library, const char* name, Function aten, Fun
   library.impl(name, torch::dispatch(DispatchKey::Autograd, autograd));
 }
 
-// ---- the operations
-// ------------------------------------------------------------------------------
+// ---- the operations -----------------------------------------------------------------------------
 
 template <Activation f>
 Tensor layer(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {

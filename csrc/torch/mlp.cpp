@@ -14,16 +14,14 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/sigmoid.h>
 #include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "glue.h"
 #include "layer.h"
-#include "neuron_ext/cpu.h"
 #include "ops.h"
 
 namespace neuron_ext {
@@ -80,15 +78,24 @@ void check_layers(const Tensor& input, TensorList weights, const OptionalTensors
   }
 }
 
-/// Layer by layer through the operations of linear.cpp, each of which finds its own way.
+/// One layer through the operations of linear.cpp, which find their own way.
+Tensor run_layer(size_t layer, size_t depth, const Tensor& input, const Tensor& weight,
+                 const OptionalTensor& bias, const Name& output_activation) {
+  return with_context(
+      [&] {
+        return activation_of(layer, depth, output_activation) == Activation::kSigmoid
+                   ? neuron_ext::linear_sigmoid(input, weight, bias)
+                   : neuron_ext::linear(input, weight, bias);
+      },
+      [&] { return c10::str("mlp, layer ", layer); });
+}
+
 Tensor mlp_by_layers(const Tensor& input, TensorList weights, const OptionalTensors& biases,
                      const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   Tensor h = input;
   for (size_t i = 0; i < weights.size(); ++i) {
-    h = activation_of(i, weights.size(), output_activation) == Activation::kSigmoid
-            ? neuron_ext::linear_sigmoid(h, weights[i], biases.get(i))
-            : neuron_ext::linear(h, weights[i], biases.get(i));
+    h = run_layer(i, weights.size(), h, weights[i], biases.get(i), output_activation);
   }
   return h;
 }
@@ -97,17 +104,14 @@ OutputAndHidden mlp_forward_by_layers(const Tensor& input, TensorList weights,
                                       const OptionalTensors& biases,
                                       const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
-  Tensor h = input;
+  const size_t depth = weights.size();
   std::vector<Tensor> hidden;
-  for (size_t i = 0; i + 1 < weights.size(); ++i) {
-    h = neuron_ext::linear_sigmoid(h, weights[i], biases.get(i));
-    hidden.push_back(h.reshape({-1}));
+  Tensor h = input;
+  for (size_t i = 0; i < depth; ++i) {
+    h = run_layer(i, depth, h, weights[i], biases.get(i), output_activation);
+    if (i + 1 < depth) hidden.push_back(h.reshape({-1}));
   }
-  const size_t last = weights.size() - 1;
-  Tensor output = output_activation.has_value()
-                      ? neuron_ext::linear_sigmoid(h, weights[last], biases.get(last))
-                      : neuron_ext::linear(h, weights[last], biases.get(last));
-  return {output, hidden.empty() ? at::empty({0}, input.options()) : at::cat(hidden)};
+  return {h, hidden.empty() ? at::empty({0}, input.options()) : at::cat(hidden)};
 }
 
 // ---- CPU ----------------------------------------------------------------------------------------
@@ -546,6 +550,8 @@ Tensor at_place_of(const Tensor& t) {
   return place;
 }
 
+std::string place_name(size_t i) { return c10::str("place ", i); }
+
 /// Saves what mlp_backward takes.
 class MlpFunction : public torch::autograd::Function<MlpFunction> {
  public:
@@ -561,9 +567,10 @@ class MlpFunction : public torch::autograd::Function<MlpFunction> {
 
     variable_list saved{needs_grad(weights[0]) ? input : Tensor(),
                         output_activation.has_value() ? output : Tensor(), hidden};
-    OptionalTensors places;
-    const auto keep_place = [&](const Tensor& t, bool is_saved) {
-      places.push_back(needs_grad(t) && !is_saved ? OptionalTensor(at_place_of(t)) : std::nullopt);
+    // One entry each: compiled autograd doesn't look for tensors inside of lists.
+    auto keep_place = [&, i = size_t{0}](const Tensor& t, bool is_saved) mutable {
+      const size_t place = i++;
+      if (needs_grad(t) && !is_saved) ctx->saved_data[place_name(place)] = at_place_of(t);
     };
     keep_place(input, saved[0].defined());
     std::vector<c10::SymInt> features;
@@ -579,7 +586,6 @@ class MlpFunction : public torch::autograd::Function<MlpFunction> {
     }
     for (size_t i = 0; i < depth; ++i) keep_place(bias_of(all_biases, i), false);
     ctx->set_materialize_grads(false);
-    ctx->saved_data["places"] = places;
     ctx->saved_data["has_bias"] = has_bias;
     ctx->saved_data["hidden_features"] = features;
     ctx->save_for_backward(std::move(saved));
@@ -604,9 +610,11 @@ class MlpFunction : public torch::autograd::Function<MlpFunction> {
     }
     // Places matter only to gradients that are differentiated again.
     OptionalTensors places;
-    const auto kept = ctx->saved_data["places"].to<OptionalTensors>();
-    for (size_t i = 0; i < kept.size(); ++i) {
-      places.push_back(at::GradMode::is_enabled() ? OptionalTensor(kept.get(i)) : std::nullopt);
+    for (size_t i = 0; i < mask.size(); ++i) {
+      const auto kept = ctx->saved_data.find(place_name(i));
+      places.push_back(at::GradMode::is_enabled() && kept != ctx->saved_data.end()
+                           ? OptionalTensor(kept->second.toTensor())
+                           : std::nullopt);
     }
     const variable_list saved = ctx->get_saved_variables();
     OptionalTensors weights;

@@ -42,16 +42,21 @@ PyObject* not_implemented() {
 }
 
 /// Lets other Python threads run meanwhile, unless the call is too short for that: releasing and
-/// taking the interpreter's lock costs 0.1 us, a tenth of a neuron, and so many elements are a few
-/// microseconds' work.
+/// taking the interpreter's lock costs 0.1 us, a tenth of a neuron. `work` is a bound on the call's
+/// multiply-adds, of which kShort take a few microseconds.
 template <class Compute>
-PyObject* run(std::int64_t elements, const Compute& compute) {
-  constexpr std::int64_t kShort = 4096;
+PyObject* run(double work, const Compute& compute) {
+  constexpr double kShort = 1 << 16;
   std::optional<pybind11::gil_scoped_release> released;
-  if (elements > kShort) released.emplace();
+  if (work > kShort) released.emplace();
   at::Tensor result = compute();
   released.reset();
   return THPVariable_Wrap(std::move(result));
+}
+
+/// A bound on the multiply-adds of layers over `input` whose weights have `elements` in all.
+double layer_work(const at::Tensor& input, std::int64_t elements) {
+  return static_cast<double>(input.numel() + 1) * static_cast<double>(elements + 1);
 }
 
 template <at::Tensor (*layer)(const at::Tensor&, const at::Tensor&, const OptionalTensor&)>
@@ -64,7 +69,7 @@ PyObject* py_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const at::Tensor& input = THPVariable_Unpack(args[0]);
   const at::Tensor& weight = THPVariable_Unpack(args[1]);
   const OptionalTensor bias = count == 3 ? optional_tensor(args[2]) : std::nullopt;
-  return run(input.numel() + weight.numel(), [&] { return layer(input, weight, bias); });
+  return run(layer_work(input, weight.numel()), [&] { return layer(input, weight, bias); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -74,7 +79,9 @@ PyObject* py_sigmoid(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return not_implemented();
   }
   const at::Tensor& input = THPVariable_Unpack(args[0]);
-  return run(input.numel(), [&] { return neuron_ext::sigmoid(input); });
+  constexpr double kSigmoidWork = 16;
+  return run(kSigmoidWork * static_cast<double>(input.numel()),
+             [&] { return neuron_ext::sigmoid(input); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -88,7 +95,7 @@ PyObject* py_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return not_implemented();
   }
   const at::Tensor& input = THPVariable_Unpack(args[0]);
-  std::int64_t elements = input.numel();
+  std::int64_t elements = 0;
   std::vector<at::Tensor> weights;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[1]); ++i) {
     PyObject* weight = PyList_GET_ITEM(args[1], i);
@@ -109,7 +116,8 @@ PyObject* py_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (text == nullptr) return nullptr;
     output_activation = std::string_view(text, size);
   }
-  return run(elements, [&] { return neuron_ext::mlp(input, weights, biases, output_activation); });
+  return run(layer_work(input, elements),
+             [&] { return neuron_ext::mlp(input, weights, biases, output_activation); });
   END_HANDLE_TH_ERRORS
 }
 

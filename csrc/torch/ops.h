@@ -1,6 +1,6 @@
-// The operations for C++ callers, and for each other. All of them go through the dispatcher, so
-// autograd, autocast, transforms and compilers apply. See neuron_ext/functional.py for the
-// contracts.
+// The operations for C++ callers, and for each other. They pass the dispatcher, or skip it where it
+// would only pick the CPU (glue.h): autograd, autocast, transforms and compilers apply either way.
+// See neuron_ext/functional.py for the contracts.
 #pragma once
 
 #include <ATen/core/Tensor.h>

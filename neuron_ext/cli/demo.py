@@ -33,6 +33,9 @@ def run(*, device: str, output: Path, quick: bool) -> int:
     from neuron_ext.cli import plots, systems, training
 
     start = time.perf_counter()
+    # Both sides run on one thread: these systems are too small for more, and on a busy machine
+    # waiting for a second thread takes longer than all of the work.
+    torch.set_num_threads(1)
     chosen = _device(device)
     _print_setting(chosen)
     report = Report()
@@ -67,7 +70,7 @@ def _device(choice: str) -> torch.device:
 
 def _print_setting(device: torch.device) -> None:
     print(f"neuron_ext {neuron_ext.__version__} beside torch {torch.__version__}")
-    print(f"CPU: {machine.cpu_name()}, {backends.cpu_isa()}, {torch.get_num_threads()} threads")
+    print(f"CPU: {machine.cpu_name()}, {backends.cpu_isa()}, {torch.get_num_threads()} thread")
     if device.type == "cuda":
         computing = "our CUDA kernels" if backends.cuda_is_built() else "torch, for lack of ours"
         print(f"GPU: {torch.cuda.get_device_name(device)}; computed by {computing}")
