@@ -57,6 +57,6 @@ def load_extension() -> ModuleType | None:
     try:
         return importlib.import_module(NAME)
     except ImportError as error:
-        if built_for == found:
-            raise  # it says itself what is wrong
+        if spec.origin not in str(error):
+            raise  # the module was loaded, and says itself what is wrong
         raise ImportError(mismatch) from error
