@@ -2,82 +2,83 @@
 
 namespace neuron_ext {
 
-void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::Tensor& bias,
-           void* y) {
-  GemmDesc desc;
-  desc.m = x.rows;
-  desc.n = weight.size(0);
-  desc.k = x.columns;
-  desc.dtype = dtype_of(weight);
-  desc.a_stride_m = x.row_stride;
-  desc.a_stride_k = x.column_stride;
-  desc.b_stride_k = weight.stride(1);
-  desc.b_stride_n = weight.stride(0);
-  desc.d_stride_m = desc.n;
-  desc.epilogue = f;
-  GemmPointers at;
-  at.a = x.data;
-  at.b = weight.const_data_ptr();
-  at.d = y;
-  if (bias.defined()) {
-    desc.has_bias = true;
-    desc.bias_stride = bias.stride(0);
-    at.bias = bias.const_data_ptr();
-  }
-  cpu::gemm(desc, at, at_parallel_for());
+namespace {
+
+RowsView transposed(const RowsView& view) {
+  return {view.owner, view.data, view.columns, view.rows, view.column_stride, view.row_stride};
 }
 
-void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, void* dx) {
+/// A product that is put together operand by operand.
+struct Product {
   GemmDesc desc;
-  desc.m = dy.rows;
-  desc.n = weight.size(1);
-  desc.k = dy.columns;
-  desc.dtype = dtype_of(weight);
-  desc.a_stride_m = dy.row_stride;
-  desc.a_stride_k = dy.column_stride;
-  desc.b_stride_k = weight.stride(0);
-  desc.b_stride_n = weight.stride(1);
-  desc.d_stride_m = desc.n;
   GemmPointers at;
-  at.a = dy.data;
-  at.b = weight.const_data_ptr();
-  at.d = dx;
-  if (y.has_value()) {
+
+  /// A, and where there is a y, dz = dy y (1 - y) in its place.
+  void set_a(const RowsView& a, const OptionalRows& y = std::nullopt) {
+    desc.m = a.rows;
+    desc.k = a.columns;
+    desc.a_stride_m = a.row_stride;
+    desc.a_stride_k = a.column_stride;
+    at.a = a.data;
+    if (!y.has_value()) return;
     desc.prologue = Activation::kSigmoid;
     desc.saved_stride_m = y->row_stride;
     desc.saved_stride_k = y->column_stride;
     at.saved = y->data;
   }
-  cpu::gemm(desc, at, at_parallel_for());
+
+  /// B, n columns of it, and D, contiguous.
+  void set_b_and_d(const void* b, std::int64_t n, std::int64_t stride_k, std::int64_t stride_n,
+                   void* d) {
+    desc.n = n;
+    desc.b_stride_k = stride_k;
+    desc.b_stride_n = stride_n;
+    desc.d_stride_m = n;
+    at.b = b;
+    at.d = d;
+  }
+
+  void run(DType dtype) {
+    desc.dtype = dtype;
+    cpu::gemm(desc, at, at_parallel_for());
+  }
+};
+
+}  // namespace
+
+void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::Tensor& bias,
+           void* y) {
+  Product product;
+  product.set_a(x);
+  product.set_b_and_d(weight.const_data_ptr(), weight.size(0), weight.stride(1), weight.stride(0),
+                      y);
+  product.desc.epilogue = f;
+  if (bias.defined()) {
+    product.desc.has_bias = true;
+    product.desc.bias_stride = bias.stride(0);
+    product.at.bias = bias.const_data_ptr();
+  }
+  product.run(dtype_of(weight));
+}
+
+void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, void* dx) {
+  Product product;
+  product.set_a(dy, y);
+  product.set_b_and_d(weight.const_data_ptr(), weight.size(1), weight.stride(0), weight.stride(1),
+                      dx);
+  product.run(dtype_of(weight));
 }
 
 void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, void* dw, void* db,
            DType dtype) {
-  GemmDesc desc;
-  desc.m = dy.columns;
-  desc.k = dy.rows;
-  desc.dtype = dtype;
-  desc.a_stride_m = dy.column_stride;
-  desc.a_stride_k = dy.row_stride;
-  desc.has_a_sum = db != nullptr;
-  GemmPointers at;
-  at.a = dy.data;
+  Product product;
+  product.set_a(transposed(dy), y.has_value() ? OptionalRows(transposed(*y)) : std::nullopt);
   if (dw != nullptr) {
-    desc.n = x->columns;
-    desc.b_stride_k = x->row_stride;
-    desc.b_stride_n = x->column_stride;
-    desc.d_stride_m = x->columns;
-    at.b = x->data;
-    at.d = dw;
+    product.set_b_and_d(x->data, x->columns, x->row_stride, x->column_stride, dw);
   }
-  at.a_sum = db;
-  if (y.has_value()) {
-    desc.prologue = Activation::kSigmoid;
-    desc.saved_stride_m = y->column_stride;
-    desc.saved_stride_k = y->row_stride;
-    at.saved = y->data;
-  }
-  cpu::gemm(desc, at, at_parallel_for());
+  product.desc.has_a_sum = db != nullptr;
+  product.at.a_sum = db;
+  product.run(dtype);
 }
 
 }  // namespace neuron_ext
