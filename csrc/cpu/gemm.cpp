@@ -1,111 +1,15 @@
-// The CPU's matrix product, START HERE: which kernel is chosen, and the loops around it. No
-// intrinsics; what is done to a vector is in the *-inl.h files, which kernels there are is in
-// registry.cpp, and how a product is cut is in blocking.cpp.
+// The CPU's matrix product, START HERE: which kernel is chosen, and the loops around it, unless the
+// product is a narrow one (narrow.cpp). No intrinsics; what is done to a vector is in the *-inl.h
+// files, which kernels there are is in registry.cpp, and how a product is cut is in blocking.cpp.
 #include <algorithm>
 #include <cstddef>
-#include <limits>
-#include <memory>
-#include <new>
 
 #include "blocking.h"
+#include "driver.h"
 #include "log.h"
-#include "registry.h"
 
 namespace neuron_ext::cpu {
 namespace {
-
-// ---- buffers ------------------------------------------------------------------------------------
-
-constexpr std::size_t kCacheLine = 64;
-
-/// Memory that a thread keeps from call to call, since fresh pages cost more than small products.
-/// It only grows, and never beyond what blocking.cpp bounds: about 2 MiB for a task and 4 MiB for
-/// what tasks share.
-class ThreadBuffer {
- public:
-  std::byte* reserve(std::size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kCacheLine})));
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kCacheLine}); }
-  };
-  std::unique_ptr<std::byte, Free> memory_;
-  std::size_t size_ = 0;
-};
-
-// Two, because the thread that calls also works: its tasks' buffer must leave the shared one alone.
-thread_local ThreadBuffer task_buffer, shared_buffer;
-
-/// Calls f with room for `count` of S: on the stack for tiny products, else the thread's buffer.
-template <class S, class F>
-void with_buffer(ThreadBuffer& buffer, std::int64_t count, const F& f) {
-  constexpr std::int64_t kOnStack = 8192 / sizeof(S);
-  if (count <= kOnStack) {
-    alignas(kCacheLine) S elements[kOnStack];
-    f(elements);
-  } else {
-    f(reinterpret_cast<S*>(buffer.reserve(static_cast<std::size_t>(count) * sizeof(S))));
-  }
-}
-
-// ---- what both drivers need ---------------------------------------------------------------------
-
-Operand operand_a(const GemmDesc& desc, const GemmPointers& at) {
-  return {at.a,     desc.a_stride_m,     desc.a_stride_k,    desc.prologue,
-          at.saved, desc.saved_stride_m, desc.saved_stride_k};
-}
-
-Operand operand_b(const GemmDesc& desc, const GemmPointers& at) {
-  return {at.b, desc.b_stride_n, desc.b_stride_k};
-}
-
-/// The address of element `index` of an array of dtype.
-void* offset(void* base, DType dtype, std::int64_t index) {
-  return static_cast<std::byte*>(base) + index * size_of(dtype);
-}
-const void* offset(const void* base, DType dtype, std::int64_t index) {
-  return static_cast<const std::byte*>(base) + index * size_of(dtype);
-}
-
-/// What is left of the sums after the last block of k: bias, activation, and D's only store, for
-/// the columns of D from j on. `bias` is room for the bias of these columns.
-template <class S>
-class Epilogue {
- public:
-  Epilogue(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at, std::int64_t j,
-           std::int64_t columns, S* bias)
-      : kernel_(kernel), desc_(desc), at_(at), j_(j), bias_(desc.has_bias ? bias : nullptr) {
-    if (!desc.has_bias) return;
-    kernel.of(desc.dtype)
-        .widen_bias(offset(at.bias, desc.dtype, j * desc.bias_stride), desc.bias_stride, columns,
-                    bias);
-  }
-
-  void store(std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns, const S* tile,
-             std::int64_t tile_stride) const {
-    kernel_.of(desc_.dtype)
-        .epilogue(desc_.epilogue, rows, columns, tile, tile_stride,
-                  bias_ == nullptr ? nullptr : bias_ + (j - j_),
-                  offset(at_.d, desc_.dtype, i * desc_.d_stride_m + j), desc_.d_stride_m);
-  }
-
- private:
-  const GemmKernel& kernel_;
-  const GemmDesc& desc_;
-  const GemmPointers& at_;
-  std::int64_t j_;
-  const S* bias_;
-};
-
-// ---- the blocked driver -------------------------------------------------------------------------
 
 /// One product, cut into tasks:
 ///
@@ -282,69 +186,6 @@ class BlockedProduct {
   const Operand a_, b_;
 };
 
-// ---- the driver for narrow products -------------------------------------------------------------
-
-/// The few rows (or columns) are widened once, by the caller's thread; then each strip of D's many
-/// columns (or rows) is a task.
-template <class S>
-void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
-                     const ParallelFor& parallel_for) {
-  const GemmFunctions& functions = kernel.of(desc.dtype);
-  const bool exchanged = has_few_columns(desc);
-  const Operand a = operand_a(desc, at), b = operand_b(desc, at);
-  const Operand &few = exchanged ? b : a, &many = exchanged ? a : b;
-  const std::int64_t few_count = exchanged ? desc.n : desc.m;
-  const std::int64_t many_count = exchanged ? desc.m : desc.n;
-  const std::int64_t row_stride = round_up(divide_up(desc.k, kernel.kr), kernel.lanes);
-  const std::int64_t strips = divide_up(many_count, kernel.nr);
-  const std::int64_t threads = threads_for(desc.m, desc.n, desc.k, parallel_for.max_threads());
-
-  with_buffer<S>(shared_buffer, few_count * row_stride, [&](S* rows) {
-    int lowest_in_rows = std::numeric_limits<int>::max() / 2;
-    for (std::int64_t i = 0; i < few_count; ++i) {
-      const int lowest_in_row = functions.widen_row(few, i, desc.k, rows + i * row_stride);
-      lowest_in_rows = std::min(lowest_in_rows, lowest_in_row);
-      if (!desc.has_a_sum) continue;
-      S sum;
-      kernel.sum_row(divide_up(desc.k, kernel.kr), rows + i * row_stride, &sum);
-      functions.narrow_row(1, &sum, offset(at.a_sum, desc.dtype, i));
-    }
-    parallel_for(strips, divide_up(strips, threads), [&](std::int64_t begin, std::int64_t end) {
-      // The tile, the same exchanged, the bias; all read up to a whole vector.
-      const std::int64_t tile_size = few_count * kernel.nr + kernel.lanes;
-      with_buffer<S>(task_buffer, 2 * tile_size + kernel.nr, [&](S* tile) {
-        S* const transposed = tile + tile_size;
-        S* const bias = transposed + tile_size;
-        if (exchanged && desc.has_bias) {
-          functions.widen_bias(at.bias, desc.bias_stride, few_count, bias);
-        }
-        for (std::int64_t strip = begin; strip < end; ++strip) {
-          const std::int64_t first = strip * kernel.nr;
-          const std::int64_t count = std::min(kernel.nr, many_count - first);
-          functions.multiply_narrow(few_count, desc.k, rows, row_stride, lowest_in_rows, many,
-                                    first, count, tile, kernel.nr);
-          if (exchanged) {
-            for (std::int64_t j = 0; j < few_count; ++j) {
-              const S* const column = tile + j * kernel.nr;
-              for (std::int64_t i = 0; i < count; ++i) {
-                transposed[i * few_count + j] = desc.has_bias ? column[i] + bias[j] : column[i];
-              }
-            }
-            // Rows of D that follow each other are stored as one.
-            const std::int64_t together = desc.d_stride_m == few_count ? count : 1;
-            functions.epilogue(desc.epilogue, count / together, together * few_count, transposed,
-                               few_count, nullptr,
-                               offset(at.d, desc.dtype, first * desc.d_stride_m), desc.d_stride_m);
-          } else {
-            Epilogue<S>(kernel, desc, at, first, count, bias)
-                .store(0, few_count, first, count, tile, kernel.nr);
-          }
-        }
-      });
-    });
-  });
-}
-
 }  // namespace
 
 void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
@@ -355,16 +196,6 @@ void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPoint
     BlockedProduct<double>(kernel, desc, at, cut).run(parallel_for);
   } else {
     BlockedProduct<float>(kernel, desc, at, cut).run(parallel_for);
-  }
-}
-
-void run_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
-                const ParallelFor& parallel_for) {
-  log_choice(kernel, desc, nullptr);
-  if (desc.dtype == DType::kFloat64) {
-    multiply_narrow<double>(kernel, desc, at, parallel_for);
-  } else {
-    multiply_narrow<float>(kernel, desc, at, parallel_for);
   }
 }
 

@@ -49,7 +49,7 @@ struct GemmKernel {
   Isa isa;
   bool (*accepts)(const GemmDesc& desc);
   void (*run)(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
-              const ParallelFor& parallel_for);  // a driver in gemm.cpp
+              const ParallelFor& parallel_for);  // a driver
 
   std::int64_t lanes;   // accumulators in a vector: rows and buffers hold whole vectors
   std::int64_t mr, nr;  // the register tile
@@ -89,7 +89,7 @@ struct IsaKernels {
   const ElementwiseKernel* elementwise;  // null where the ISA before it has the best one
 };
 
-/// The drivers in gemm.cpp, and what their rows accept.
+/// The drivers (gemm.cpp, narrow.cpp), and what their rows accept.
 void run_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                 const ParallelFor& parallel_for);
 void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,

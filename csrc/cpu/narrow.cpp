@@ -1,0 +1,85 @@
+// The driver for products with few rows or columns. What is done to a vector is in narrow-inl.h.
+#include <algorithm>
+#include <limits>
+
+#include "blocking.h"
+#include "driver.h"
+#include "log.h"
+
+namespace neuron_ext::cpu {
+namespace {
+
+/// The few rows (or columns) are widened once, by the caller's thread; then each strip of D's many
+/// columns (or rows) is a task.
+template <class S>
+void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+                     const ParallelFor& parallel_for) {
+  const GemmFunctions& functions = kernel.of(desc.dtype);
+  const bool exchanged = has_few_columns(desc);
+  const Operand a = operand_a(desc, at), b = operand_b(desc, at);
+  const Operand &few = exchanged ? b : a, &many = exchanged ? a : b;
+  const std::int64_t few_count = exchanged ? desc.n : desc.m;
+  const std::int64_t many_count = exchanged ? desc.m : desc.n;
+  const std::int64_t row_stride = round_up(divide_up(desc.k, kernel.kr), kernel.lanes);
+  const std::int64_t strips = divide_up(many_count, kernel.nr);
+  const std::int64_t threads = threads_for(desc.m, desc.n, desc.k, parallel_for.max_threads());
+
+  with_buffer<S>(shared_buffer, few_count * row_stride, [&](S* rows) {
+    int lowest_in_rows = std::numeric_limits<int>::max() / 2;
+    for (std::int64_t i = 0; i < few_count; ++i) {
+      const int lowest_in_row = functions.widen_row(few, i, desc.k, rows + i * row_stride);
+      lowest_in_rows = std::min(lowest_in_rows, lowest_in_row);
+      if (!desc.has_a_sum) continue;
+      S sum;
+      kernel.sum_row(divide_up(desc.k, kernel.kr), rows + i * row_stride, &sum);
+      functions.narrow_row(1, &sum, offset(at.a_sum, desc.dtype, i));
+    }
+    parallel_for(strips, divide_up(strips, threads), [&](std::int64_t begin, std::int64_t end) {
+      // The tile, the same exchanged, the bias; all read up to a whole vector.
+      const std::int64_t tile_size = few_count * kernel.nr + kernel.lanes;
+      with_buffer<S>(task_buffer, 2 * tile_size + kernel.nr, [&](S* tile) {
+        S* const transposed = tile + tile_size;
+        S* const bias = transposed + tile_size;
+        if (exchanged && desc.has_bias) {
+          functions.widen_bias(at.bias, desc.bias_stride, few_count, bias);
+        }
+        for (std::int64_t strip = begin; strip < end; ++strip) {
+          const std::int64_t first = strip * kernel.nr;
+          const std::int64_t count = std::min(kernel.nr, many_count - first);
+          functions.multiply_narrow(few_count, desc.k, rows, row_stride, lowest_in_rows, many,
+                                    first, count, tile, kernel.nr);
+          if (exchanged) {
+            for (std::int64_t j = 0; j < few_count; ++j) {
+              const S* const column = tile + j * kernel.nr;
+              for (std::int64_t i = 0; i < count; ++i) {
+                transposed[i * few_count + j] = desc.has_bias ? column[i] + bias[j] : column[i];
+              }
+            }
+            // Rows of D that follow each other are stored as one.
+            const std::int64_t together = desc.d_stride_m == few_count ? count : 1;
+            functions.epilogue(desc.epilogue, count / together, together * few_count, transposed,
+                               few_count, nullptr,
+                               offset(at.d, desc.dtype, first * desc.d_stride_m), desc.d_stride_m);
+          } else {
+            Epilogue<S>(kernel, desc, at, first, count, bias)
+                .store(0, few_count, first, count, tile, kernel.nr);
+          }
+        }
+      });
+    });
+  });
+}
+
+}  // namespace
+
+void run_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+                const ParallelFor& parallel_for) {
+  log_choice(kernel, desc, nullptr);
+  if (desc.dtype == DType::kFloat64) {
+    multiply_narrow<double>(kernel, desc, at, parallel_for);
+  } else {
+    multiply_narrow<float>(kernel, desc, at, parallel_for);
+  }
+}
+
+}  // namespace neuron_ext::cpu
