@@ -182,7 +182,6 @@ def draw(path: Path, title: str, lines: Sequence[Line]) -> None:
 
     inches = 1.2 + sum(heights) * (0.08 * max(2.5, len(dtypes)) + 0.04)
     figure = Figure(figsize=(3.2 + 5 * len(threads), inches), layout="constrained")
-    figure.suptitle(title, fontsize=10)
     panels = figure.subplots(
         len(families), len(threads), squeeze=False, sharex=True, height_ratios=heights
     )
@@ -225,7 +224,15 @@ def draw(path: Path, title: str, lines: Sequence[Line]) -> None:
             if panel is not in_row[0]:
                 panel.tick_params(axis="y", labelleft=False)
     handles, names_of_dtypes = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names_of_dtypes, loc="outside upper right", ncols=len(dtypes))
+    figure.legend(
+        handles,
+        names_of_dtypes,
+        title=title,
+        title_fontsize=10,
+        loc="outside upper center",
+        ncols=len(dtypes),
+        frameon=False,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
