@@ -10,14 +10,6 @@
 
 namespace neuron_ext::cpu {
 
-/// Storage types that C++20 has no name for.
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
-  std::uint16_t bits;
-};
-
 /// The type in which sums of T are formed.
 template <class T>
 struct AccumulatorOf {

@@ -8,6 +8,14 @@ namespace neuron_ext {
 enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 inline constexpr int kDTypeCount = 4;
 
+/// Storage types that C++20 has no name for.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
 constexpr std::int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
