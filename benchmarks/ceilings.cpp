@@ -234,14 +234,18 @@ void copy_memory_past_caches([[maybe_unused]] const char* source, [[maybe_unused
 #endif
 }
 
-/// Takes `bytes` from the system, touches every page and gives them back, `passes` times: what a
-/// result costs that is too large for the allocator to keep. Returns whether there was memory.
+/// Takes `bytes` from the system, in large pages if it has them, touches every page and gives them
+/// back, `passes` times: what a result costs that is too large for the allocator to keep. Returns
+/// whether there was memory.
 bool take_fresh_memory([[maybe_unused]] std::int64_t bytes, [[maybe_unused]] std::int64_t passes) {
 #if defined(__unix__)
   for (std::int64_t pass = 0; pass < passes; ++pass) {
     const auto size = static_cast<std::size_t>(bytes);
     void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return false;
+#if defined(MADV_HUGEPAGE)
+    madvise(memory, size, MADV_HUGEPAGE);
+#endif
     for (std::int64_t at = 0; at < bytes; at += 4096) {
       static_cast<volatile char*>(memory)[at] = 1;
     }

@@ -100,7 +100,7 @@ void for_each_run(at::TensorIterator& iterator, DType dtype, const F& f) {
 
 Tensor sigmoid_cpu(const Tensor& input) {
   if (!is_kernel_tensor(input)) return sigmoid_aten(input);
-  Tensor output = empty_elementwise(input);
+  Tensor output = with_large_pages(empty_elementwise(input));
   const DType dtype = dtype_of(input);
   if (input.is_non_overlapping_and_dense()) {
     const auto* x = static_cast<const char*>(input.const_data_ptr());
@@ -134,7 +134,7 @@ bool kernels_take(const Tensor& grad_output, const Tensor& output) {
 Tensor sigmoid_backward_cpu(const Tensor& grad_output, const Tensor& output) {
   if (!kernels_take(grad_output, output)) return sigmoid_backward_aten(grad_output, output);
   check_sigmoid_backward(grad_output, output);
-  Tensor grad_input = empty_elementwise(output);
+  Tensor grad_input = with_large_pages(empty_elementwise(output));
   auto iterator = at::TensorIteratorConfig()
                       .add_output(grad_input)
                       .add_const_input(grad_output)

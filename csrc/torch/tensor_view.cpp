@@ -6,6 +6,10 @@
 
 #include <sstream>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace neuron_ext {
 
 DType dtype_of(const at::Tensor& t) {
@@ -113,7 +117,21 @@ RowsView as_rows(const at::Tensor& t) {
 }
 
 at::Tensor empty_cpu(at::IntArrayRef sizes, at::ScalarType dtype) {
-  return at::Tensor(at::detail::empty_cpu(sizes, dtype));
+  return with_large_pages(at::Tensor(at::detail::empty_cpu(sizes, dtype)));
+}
+
+at::Tensor with_large_pages(at::Tensor result) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Whole large pages lie in it, and what the question costs is lost in filling it.
+  constexpr std::size_t kFewest = std::size_t{4} << 20, kPage = std::size_t{2} << 20;
+  if (result.nbytes() < kFewest) return result;
+  const auto begin = reinterpret_cast<std::uintptr_t>(result.const_data_ptr());
+  const std::uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const std::uintptr_t last = (begin + result.nbytes()) / kPage * kPage;
+  // A system that has none leaves the memory as it is.
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return result;
 }
 
 at::Tensor empty_rows(const at::Tensor& input, std::int64_t features) {

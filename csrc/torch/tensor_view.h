@@ -110,6 +110,11 @@ RowsView as_rows(const at::Tensor& t);
 /// dispatcher.
 at::Tensor empty_cpu(at::IntArrayRef sizes, at::ScalarType dtype);
 
+/// A CPU tensor that is about to be filled: memory that malloc takes from the system for it comes
+/// in large pages, if the system has them on request. Measured for 64 MiB: 27 ms for the page
+/// faults that filling it meets become 7.
+at::Tensor with_large_pages(at::Tensor result);
+
 /// (sizes of input but the last, features), contiguous: on the CPU, or wherever input is.
 at::Tensor empty_rows(const at::Tensor& input, std::int64_t features);
 at::Tensor empty_rows_symint(const at::Tensor& input, const c10::SymInt& features);
