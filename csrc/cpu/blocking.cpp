@@ -37,6 +37,10 @@ bool is_few(std::int64_t rows, std::int64_t k, bool k_is_contiguous, DType dtype
   return rows <= few && rows * k <= kLongestRows;
 }
 
+std::int64_t number_of_blocks(const GemmKernel& kernel, std::int64_t k) {
+  return std::max<std::int64_t>(1, divide_up(k, kernel.kc));
+}
+
 std::int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 }  // namespace
@@ -51,28 +55,35 @@ std::int64_t threads_for(std::int64_t m, std::int64_t n, std::int64_t k, int max
 
 bool has_few_columns(const GemmDesc& desc) {
   // Only where A's rows are contiguous, and without what is done to A as it's packed.
-  return desc.n < desc.m && desc.a_stride_k == 1 && is_few(desc.n, desc.k, true, desc.dtype) &&
-         desc.prologue == Activation::kIdentity && !desc.has_a_sum;
+  return desc.n < desc.deciding_m() && desc.a_stride_k == 1 &&
+         is_few(desc.n, desc.k, true, desc.dtype) && desc.prologue == Activation::kIdentity &&
+         !desc.has_a_sum;
 }
 
 bool is_narrow(const GemmDesc& desc) {
-  return is_few(desc.m, desc.k, desc.b_stride_k == 1, desc.dtype) || has_few_columns(desc);
+  return is_few(desc.deciding_m(), desc.k, desc.b_stride_k == 1, desc.dtype) ||
+         has_few_columns(desc);
 }
 
 bool is_any(const GemmDesc&) { return true; }
+
+std::int64_t block_of_k(const GemmKernel& kernel, std::int64_t k) {
+  return round_up(divide_up(k, number_of_blocks(kernel, k)), kernel.kr);
+}
 
 Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc, int max_threads) {
   const std::int64_t size = accumulator_size(desc.dtype);
   const std::int64_t panels_m = std::max<std::int64_t>(1, divide_up(desc.m, kernel.mr));
   const std::int64_t panels_n = std::max<std::int64_t>(1, divide_up(desc.n, kernel.nr));
-  const std::int64_t all_blocks = std::max<std::int64_t>(1, divide_up(desc.k, kernel.kc));
 
   Blocking blocking;
-  blocking.kc = round_up(divide_up(desc.k, all_blocks), kernel.kr);
-  const std::int64_t sums_bytes = panels_m * kernel.mr * panels_n * kernel.nr * size;
-  blocking.chunks = std::clamp<std::int64_t>(
-      std::min(desc.k / kShortestChunk, kPartialBytes / sums_bytes), 1, kLongestChunks);
-  blocking.chunk_k = divide_up(all_blocks, blocking.chunks) * blocking.kc;
+  blocking.kc = block_of_k(kernel, desc.k);
+  // In two divisions: deciding_m may be far beyond any product.
+  const std::int64_t most_chunks = kPartialBytes / (panels_n * kernel.nr * size) /
+                                   std::max(kernel.mr, round_up(desc.deciding_m(), kernel.mr));
+  blocking.chunks =
+      std::clamp<std::int64_t>(std::min(desc.k / kShortestChunk, most_chunks), 1, kLongestChunks);
+  blocking.chunk_k = divide_up(number_of_blocks(kernel, desc.k), blocking.chunks) * blocking.kc;
   if (blocking.chunk_k > 0) blocking.chunks = divide_up(desc.k, blocking.chunk_k);
 
   // The largest tile, in panels.

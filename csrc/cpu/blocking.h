@@ -24,6 +24,9 @@ struct Blocking {
   std::int64_t tasks() const { return chunks * tiles_m * tiles_n; }
 };
 
+/// The length of the blocks into which k is cut, a multiple of kr.
+std::int64_t block_of_k(const GemmKernel& kernel, std::int64_t k);
+
 Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc, int max_threads);
 
 /// Whether a narrow product is one of few columns, so that A and B change places.

@@ -55,6 +55,12 @@ void with_buffer(ThreadBuffer& buffer, std::int64_t count, const F& f) {
 
 // ---- in and out ---------------------------------------------------------------------------------
 
+/// Calls f with a value of the type in which sums of dtype are formed.
+template <class F>
+auto visit_accumulator(DType dtype, const F& f) {
+  return dtype == DType::kFloat64 ? f(double{}) : f(float{});
+}
+
 inline Operand operand_a(const GemmDesc& desc, const GemmPointers& at) {
   return {at.a,     desc.a_stride_m,     desc.a_stride_k,    desc.prologue,
           at.saved, desc.saved_stride_m, desc.saved_stride_k};
@@ -101,5 +107,12 @@ class Epilogue {
   std::int64_t j_;
   const S* bias_;
 };
+
+// ---- what drivers of several products need (gemm.cpp) -------------------------------------------
+
+/// pack_b in steps, each a panel over all k, that may run in any order and on any threads.
+std::int64_t packing_steps(const Packing& packing, const GemmDesc& desc);
+void pack_b(const Packing& packing, const GemmDesc& desc, const void* b, void* packed,
+            std::int64_t begin, std::int64_t end);
 
 }  // namespace neuron_ext::cpu

@@ -11,6 +11,62 @@
 namespace neuron_ext::cpu {
 namespace {
 
+/// The panels of a block of B, one after the other, and the lowest exponent of each.
+template <class S>
+struct BlockOfB {
+  const S* panels;
+  const S* lowest;
+};
+
+/// How all of B lies in memory once it's packed: the kernel that reads it; for each block of k, the
+/// block's panels; then the lowest exponents of them all.
+template <class S>
+class PackedB {
+ public:
+  PackedB(const GemmKernel& kernel, std::int64_t n, std::int64_t k)
+      : nr_(kernel.nr),
+        kr_(kernel.kr),
+        kc_(block_of_k(kernel, k)),
+        k_(k),
+        panels_(divide_up(n, kernel.nr)) {}
+
+  std::int64_t size() const { return lowest(k_ - k_ % std::max<std::int64_t>(1, kc_)) + panels_; }
+
+  BlockOfB<S> block(const void* packed, std::int64_t pc, std::int64_t kc, std::int64_t j) const {
+    const S* const base = static_cast<const S*>(packed);
+    return {base + panel(pc, kc, j), base + lowest(pc) + j / nr_};
+  }
+
+  /// Packs the panels of the columns from j on.
+  void pack(const GemmFunctions& functions, const Operand& b, std::int64_t n, std::int64_t j,
+            void* packed) const {
+    S* const base = static_cast<S*>(packed);
+    std::int64_t pc = 0;
+    do {
+      const std::int64_t kc = std::min(kc_, k_ - pc);
+      base[lowest(pc) + j / nr_] =
+          static_cast<S>(functions.pack_b(b, j, n - j, pc, kc, base + panel(pc, kc, j)));
+      pc += kc;
+    } while (pc < k_);
+  }
+
+ private:
+  static constexpr std::int64_t kHead = kCacheLine / sizeof(S);
+
+  std::int64_t panel(std::int64_t pc, std::int64_t kc, std::int64_t j) const {
+    return kHead + panels_ * nr_ * (pc / kr_) + j * divide_up(kc, kr_);
+  }
+  std::int64_t lowest(std::int64_t pc) const {
+    return kHead + panels_ * (nr_ * divide_up(k_, kr_) + pc / std::max<std::int64_t>(1, kc_));
+  }
+
+  std::int64_t nr_, kr_, kc_, k_, panels_;
+};
+
+const GemmKernel& kernel_of(const void* packed_b) {
+  return **static_cast<const GemmKernel* const*>(packed_b);
+}
+
 /// One product, cut into tasks:
 ///
 ///   for each task            tile of D and chunk of k; tasks are independent
@@ -36,7 +92,8 @@ class BlockedProduct {
         at_(at),
         cut_(cut),
         a_(operand_a(desc, at)),
-        b_(operand_b(desc, at)) {}
+        b_(operand_b(desc, at)),
+        whole_b_(kernel, desc.n, desc.k) {}
 
   void run(const ParallelFor& parallel_for) const {
     const std::int64_t tiles = cut_.tiles_m * cut_.tiles_n;
@@ -85,9 +142,10 @@ class BlockedProduct {
   std::int64_t depth(std::int64_t kc) const { return divide_up(kc, kernel_.kr); }
   std::int64_t a_size() const { return kernel_.mr * depth(cut_.kc) + kernel_.lanes; }
   std::int64_t b_size() const { return cut_.tile_n * depth(cut_.kc) + kernel_.lanes; }
-  std::int64_t task_size() const {
-    return aligned(a_size()) + aligned(b_size()) + cut_.tile_n + cut_.tile_n / kernel_.nr;
+  std::int64_t packing_size() const {
+    return at_.packed_b != nullptr ? 0 : aligned(b_size()) + aligned(cut_.tile_n / kernel_.nr);
   }
+  std::int64_t task_size() const { return aligned(a_size()) + packing_size() + cut_.tile_n; }
   static std::int64_t aligned(std::int64_t count) {
     return round_up(count, static_cast<std::int64_t>(kCacheLine / sizeof(S)));
   }
@@ -108,9 +166,8 @@ class BlockedProduct {
   void sum_chunk(std::int64_t tile, std::int64_t chunk, S* buffer, S* sums) const {
     const Place place = place_of(tile);
     S* const a_panel = buffer;
-    S* const b_block = a_panel + aligned(a_size());
-    S* const bias = b_block + aligned(b_size());
-    S* const b_lowest = bias + cut_.tile_n;  // of each panel
+    S* const b_room = a_panel + aligned(a_size());
+    S* const bias = b_room + packing_size();
     S* const a_sums = sums + tiles_size();
     const bool finishes = cut_.chunks == 1;
     const Epilogue<S> epilogue(kernel_, desc_, at_, place.j, finishes ? place.columns : 0, bias);
@@ -121,10 +178,8 @@ class BlockedProduct {
     std::int64_t pc = first;
     do {  // once at least: without any k, D is the epilogue of zeros
       const std::int64_t kc = std::min(cut_.kc, last - pc);
-      for (std::int64_t jr = 0; jr < place.columns; jr += kernel_.nr) {
-        b_lowest[jr / kernel_.nr] = static_cast<S>(functions_.pack_b(
-            b_, place.j + jr, desc_.n - (place.j + jr), pc, kc, b_block + jr * depth(kc)));
-      }
+      const BlockOfB<S> b = at_.packed_b != nullptr ? whole_b_.block(at_.packed_b, pc, kc, place.j)
+                                                    : pack_block(place, pc, kc, b_room);
       for (std::int64_t ir = 0; ir < place.rows; ir += kernel_.mr) {
         const std::int64_t rows = std::min(kernel_.mr, place.rows - ir);
         const int a_lowest =
@@ -134,10 +189,10 @@ class BlockedProduct {
           const std::int64_t columns = std::min(kernel_.nr, place.columns - jr);
           S* const tile_sums = register_tile(sums, ir, jr);
           const bool is_exact =
-              a_lowest + static_cast<int>(b_lowest[jr / kernel_.nr]) >= kernel_.lowest_exponents;
+              a_lowest + static_cast<int>(b.lowest[jr / kernel_.nr]) >= kernel_.lowest_exponents;
           const Microkernel microkernel =
               is_exact ? kernel_.microkernel : kernel_.careful_microkernel;
-          microkernel(rows, columns, depth(kc), a_panel, b_block + jr * depth(kc), tile_sums,
+          microkernel(rows, columns, depth(kc), a_panel, b.panels + jr * depth(kc), tile_sums,
                       pc != first);
           if (finishes && pc + kc == last) {
             epilogue.store(place.i + ir, rows, place.j + jr, columns, tile_sums, kernel_.nr);
@@ -147,6 +202,16 @@ class BlockedProduct {
       pc += kc;
     } while (pc < last);
     if (finishes && place.sums_a) store_a_sums(place, a_sums);
+  }
+
+  /// B[pc, tile], packed into `room`.
+  BlockOfB<S> pack_block(const Place& place, std::int64_t pc, std::int64_t kc, S* room) const {
+    S* const lowest = room + aligned(b_size());
+    for (std::int64_t jr = 0; jr < place.columns; jr += kernel_.nr) {
+      lowest[jr / kernel_.nr] = static_cast<S>(functions_.pack_b(
+          b_, place.j + jr, desc_.n - (place.j + jr), pc, kc, room + jr * depth(kc)));
+    }
+    return {room, lowest};
   }
 
   /// Adds a tile's sums of all chunks, which lie `stride` apart, into the first chunk's, and
@@ -184,6 +249,7 @@ class BlockedProduct {
   const GemmPointers& at_;
   const Blocking& cut_;
   const Operand a_, b_;
+  const PackedB<S> whole_b_;
 };
 
 }  // namespace
@@ -192,16 +258,47 @@ void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPoint
                  const ParallelFor& parallel_for) {
   const Blocking cut = choose_blocking(kernel, desc, parallel_for.max_threads());
   log_choice(kernel, desc, &cut);
-  if (desc.dtype == DType::kFloat64) {
-    BlockedProduct<double>(kernel, desc, at, cut).run(parallel_for);
-  } else {
-    BlockedProduct<float>(kernel, desc, at, cut).run(parallel_for);
-  }
+  visit_accumulator(
+      desc.dtype, [&]<class S>(S) { BlockedProduct<S>(kernel, desc, at, cut).run(parallel_for); });
+}
+
+Packing packing_of(const GemmDesc& desc) {
+  const GemmKernel& kernel = choose_packing(desc);
+  return {&kernel, visit_accumulator(desc.dtype, [&]<class S>(S) {
+            return PackedB<S>(kernel, desc.n, desc.k).size() * std::int64_t{sizeof(S)};
+          })};
+}
+
+std::int64_t packing_steps(const Packing& packing, const GemmDesc& desc) {
+  return std::max<std::int64_t>(1, divide_up(desc.n, packing.kernel->nr));
+}
+
+void pack_b(const Packing& packing, const GemmDesc& desc, const void* b, void* packed,
+            std::int64_t begin, std::int64_t end) {
+  const GemmKernel& kernel = *packing.kernel;
+  if (begin == 0) *static_cast<const GemmKernel**>(packed) = &kernel;
+  visit_accumulator(desc.dtype, [&]<class S>(S) {
+    const PackedB<S> layout(kernel, desc.n, desc.k);
+    for (std::int64_t j = begin * kernel.nr; j < std::min(end * kernel.nr, desc.n);
+         j += kernel.nr) {
+      layout.pack(kernel.of(desc.dtype), {b, desc.b_stride_n, desc.b_stride_k}, desc.n, j, packed);
+    }
+  });
+}
+
+void pack_b(const Packing& packing, const GemmDesc& desc, const void* b, void* packed,
+            const ParallelFor& parallel_for) {
+  const std::int64_t steps = packing_steps(packing, desc);
+  const std::int64_t threads = threads_for(1, desc.n, desc.k, parallel_for.max_threads());
+  parallel_for(steps, divide_up(steps, threads), [&](std::int64_t begin, std::int64_t end) {
+    pack_b(packing, desc, b, packed, begin, end);
+  });
 }
 
 void gemm(const GemmDesc& desc, const GemmPointers& at, const ParallelFor& parallel_for) {
   if (desc.m == 0 || (desc.n == 0 && !desc.has_a_sum)) return;
-  const GemmKernel& kernel = choose_gemm(desc);
+  const GemmKernel& kernel =
+      at.packed_b == nullptr ? choose_gemm(desc) : note_choice(kernel_of(at.packed_b));
   kernel.run(kernel, desc, at, parallel_for);
 }
 

@@ -75,11 +75,8 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
 void run_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                 const ParallelFor& parallel_for) {
   log_choice(kernel, desc, nullptr);
-  if (desc.dtype == DType::kFloat64) {
-    multiply_narrow<double>(kernel, desc, at, parallel_for);
-  } else {
-    multiply_narrow<float>(kernel, desc, at, parallel_for);
-  }
+  visit_accumulator(desc.dtype,
+                    [&]<class S>(S) { multiply_narrow<S>(kernel, desc, at, parallel_for); });
 }
 
 }  // namespace neuron_ext::cpu

@@ -23,19 +23,35 @@ std::span<const IsaKernels> all_kernels() {
   return kernels;
 }
 
-}  // namespace
-
-const GemmKernel& choose_gemm(const GemmDesc& desc) {
+/// The first row that accepts the product and of which `suits` holds.
+template <class F>
+const GemmKernel& first_gemm(const GemmDesc& desc, const F& suits) {
   const Isa active = active_isa();
   for (const IsaKernels& of_isa : all_kernels()) {
     for (const GemmKernel& kernel : of_isa.gemm) {
-      if (kernel.isa <= active && kernel.takes(desc.dtype) && kernel.accepts(desc)) {
-        last_chosen = kernel.name;
+      if (kernel.isa <= active && kernel.takes(desc.dtype) && kernel.accepts(desc) &&
+          suits(kernel)) {
         return kernel;
       }
     }
   }
   throw std::logic_error("the portable rows accept every product");
+}
+
+}  // namespace
+
+const GemmKernel& note_choice(const GemmKernel& kernel) {
+  last_chosen = kernel.name;
+  return kernel;
+}
+
+const GemmKernel& choose_gemm(const GemmDesc& desc) {
+  return note_choice(first_gemm(desc, [](const GemmKernel&) { return true; }));
+}
+
+const GemmKernel& choose_packing(const GemmDesc& desc) {
+  return first_gemm(
+      desc, [&](const GemmKernel& kernel) { return kernel.of(desc.dtype).pack_b != nullptr; });
 }
 
 const ElementwiseKernel& choose_elementwise() {

@@ -107,6 +107,10 @@ IsaKernels avx512_bf16_kernels();
 /// The first row, of the active ISA or one before it, that accepts the product; last_kernel() then
 /// names it.
 const GemmKernel& choose_gemm(const GemmDesc& desc);
+/// The first of them that packs B.
+const GemmKernel& choose_packing(const GemmDesc& desc);
+/// last_kernel() names this one.
+const GemmKernel& note_choice(const GemmKernel& kernel);
 const ElementwiseKernel& choose_elementwise();
 
 }  // namespace neuron_ext::cpu

@@ -47,8 +47,24 @@ const char* last_kernel();  // name of the row last chosen by a call on this thr
 
 // ---- kernels ------------------------------------------------------------------------------------
 
+struct GemmKernel;  // a row of the table
+
 /// See GemmDesc. Bitwise the same result for any ParallelFor.
 void gemm(const GemmDesc& desc, const GemmPointers& at, const ParallelFor& parallel_for);
+
+/// B in the form in which a kernel reads it, for a B that many products share.
+struct Packing {
+  const GemmKernel* kernel;
+  std::int64_t bytes;
+};
+
+/// How the B of this product would be packed, by the best kernel that packs it. Of `desc`, only n,
+/// k, b's strides and the dtype matter.
+Packing packing_of(const GemmDesc& desc);
+
+/// Packs b into `packed`, of packing.bytes and aligned to a cache line, for GemmPointers::packed_b.
+void pack_b(const Packing& packing, const GemmDesc& desc, const void* b, void* packed,
+            const ParallelFor& parallel_for);
 
 /// y[i] = f(x[i]) for i < n on the calling thread; strides in elements. An element's result depends
 /// on its value alone, not on its place or on n. x and y may be the same memory with the same

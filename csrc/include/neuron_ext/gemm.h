@@ -40,6 +40,13 @@ struct GemmDesc {
   std::int64_t saved_stride_m = 0, saved_stride_k = 1;
 
   bool has_a_sum = false;  // also a_sum[i] = sum over p of A'[i, p], contiguous
+
+  // D may be some rows of a larger product. Whatever decides in which order a sum is formed (the
+  // kernel, the cuts of k) takes this for m, so that the rows get the bits they'd get there. 0: D
+  // is all there is. kAnyBatch: the bits of a row are the same in every product.
+  std::int64_t whole_m = 0;
+  static constexpr std::int64_t kAnyBatch = std::int64_t{1} << 62;
+  constexpr std::int64_t deciding_m() const { return whole_m == 0 ? m : whole_m; }
 };
 
 /// The addresses that go with a GemmDesc; those it doesn't ask for may be null. D and a_sum overlap
@@ -51,6 +58,8 @@ struct GemmPointers {
   const void* bias = nullptr;
   const void* saved = nullptr;
   void* a_sum = nullptr;
+  // What cpu::pack_b made of B, of the same n, k and dtype: then its kernel runs, and b isn't read.
+  const void* packed_b = nullptr;
 };
 
 }  // namespace neuron_ext
