@@ -12,7 +12,7 @@ MEMORY_PER_JOB = 2 << 30  # bytes: g++ over torch's headers takes up to 1.5 GiB
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    from torch.utils import cpp_extension
 except ModuleNotFoundError:
     if not {"egg_info", "sdist"} & set(sys.argv):
         sys.exit(f"neuron_ext is built against an installed torch: pip install '{RECIPE['TORCH']}'")
@@ -45,11 +45,14 @@ def default_jobs():
 def torch_extension():
     try:
         RECIPE["check_torch"](torch.__version__)
-        _, cuda_line = RECIPE["decide_cuda"](torch)
+        toolkit, cuda_line = RECIPE["decide_cuda"](torch)
     except ValueError as error:
         sys.exit(f"neuron_ext: {error}")
+    sources = RECIPE["sources"](cuda=toolkit is not None)
+    if toolkit:
+        cpp_extension.CUDA_HOME = str(toolkit.home)  # torch's guess knows no scripts named nvcc
 
-    class BuildNeuronExt(BuildExtension):
+    class BuildNeuronExt(cpp_extension.BuildExtension):
         def finalize_options(self):
             super().finalize_options()
             if self.editable_mode:
@@ -63,7 +66,7 @@ def torch_extension():
             say(cuda_line)
             if not self.use_ninja:
                 say("ninja is missing, so the files are compiled one by one: pip install ninja")
-            say(f"compiling {len(RECIPE['sources']())} files, {jobs} at a time (MAX_JOBS)")
+            say(f"compiling {len(sources)} files, {jobs} at a time (MAX_JOBS)")
             try:
                 super().run()
             except RuntimeError as error:
@@ -72,17 +75,22 @@ def torch_extension():
             library.with_name("_build_info.py").write_text(RECIPE["build_info"](torch))
             say(f"built {library}")
 
-    # Paths relative to setup.py, as setuptools wants them.
-    relative = [str(path.relative_to(RECIPE["ROOT"])) for path in RECIPE["sources"]()]
     # torch's headers as system headers, so that their warnings don't drown ours.
-    system = [] if sys.platform == "win32" else [f"-isystem{path}" for path in include_paths()]
+    windows = sys.platform == "win32"
+    system = [] if windows else [f"-isystem{path}" for path in cpp_extension.include_paths()]
     return {
         "ext_modules": [
-            CppExtension(
+            # With .cu files as without: CUDAExtension wants more libraries than the kernels do.
+            cpp_extension.CppExtension(
                 "neuron_ext._C",
-                relative,
+                # Paths relative to setup.py, as setuptools wants them.
+                [str(path.relative_to(RECIPE["ROOT"])) for path in sources],
                 include_dirs=[str(path) for path in RECIPE["include_dirs"]()],
-                extra_compile_args=RECIPE["compile_args"]() + system,
+                extra_compile_args={
+                    "cxx": RECIPE["compile_args"](cuda=toolkit is not None) + system,
+                    "nvcc": RECIPE["nvcc_args"](),
+                },
+                extra_link_args=RECIPE["cuda_link_args"](toolkit) if toolkit else [],
             )
         ],
         "cmdclass": {"build_ext": BuildNeuronExt},

@@ -9,9 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -19,6 +23,14 @@ CSRC = ROOT / "csrc"
 OLDEST_TORCH = (2, 11)
 NEWEST_TORCH = (2, 15)
 TORCH = "torch>=2.11,<2.16"  # the same as a requirement
+
+# What CUDA kernels are compiled for: A100 and what runs its code, H100 and H200, and PTX for the
+# GPUs to come. Given as flags, they also keep torch from looking for a GPU to compile for.
+CUDA_TARGETS = (
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_80,code=compute_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+)
 
 
 def version() -> str:
@@ -30,9 +42,10 @@ def version() -> str:
     return match[1]
 
 
-def sources() -> list[Path]:
-    """Every file that is compiled. CMakeLists.txt has the same two patterns."""
-    return sorted([*CSRC.glob("cpu/*.cpp"), *CSRC.glob("torch/*.cpp")])
+def sources(cuda: bool) -> list[Path]:
+    """Every file that is compiled. CMakeLists.txt has the same patterns."""
+    patterns = ["cpu/*.cpp", "torch/*.cpp", *(["cuda/*.cpp", "cuda/*.cu"] if cuda else [])]
+    return sorted(path for pattern in patterns for path in CSRC.glob(pattern))
 
 
 def include_dirs() -> list[Path]:
@@ -48,19 +61,45 @@ def digest() -> str:
     return state.hexdigest()[:16]
 
 
-def compile_args() -> list[str]:
+def compile_args(cuda: bool) -> list[str]:
     """Flags for the C++ compiler. Tested on Linux only.
 
     No -m flag: the sources say themselves which instruction sets they need. No fused multiply-add
     that the source doesn't ask for: results must not depend on the compiler's choice. -g0 undoes a
     -g among Python's own flags, which makes the library four times larger.
     """
-    define = f"NEURON_EXT_VERSION={version()}"
+    defines = [f"NEURON_EXT_VERSION={version()}", *(["NEURON_EXT_WITH_CUDA"] if cuda else [])]
     if sys.platform == "win32":
-        return ["/std:c++20", "/O2", "/openmp", "/W3", "/fp:precise", f"/D{define}"]
+        flags = ["/std:c++20", "/O2", "/openmp", "/W3", "/fp:precise"]
+        return [*flags, *(f"/D{define}" for define in defines)]
     openmp = ["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
-    warnings = ["-Wall", "-Wextra"]
-    return ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", *openmp, *warnings, f"-D{define}"]
+    flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", *openmp, "-Wall", "-Wextra"]
+    return [*flags, *(f"-D{define}" for define in defines)]
+
+
+def nvcc_args() -> list[str]:
+    """Flags for nvcc.
+
+    No fused multiply-add either that the source doesn't ask for. The defines are those that torch
+    gives to every extension: with them, 16-bit types have no operators.
+    """
+    return [
+        "-std=c++20",
+        "-O3",
+        "-fmad=false",
+        "-Xcompiler=-fPIC,-ffp-contract=off,-Wall,-Wextra",
+        "-D__CUDA_NO_HALF_OPERATORS__",
+        "-D__CUDA_NO_HALF_CONVERSIONS__",
+        "-D__CUDA_NO_HALF2_OPERATORS__",
+        "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+        "--expt-relaxed-constexpr",
+        *CUDA_TARGETS,
+    ]
+
+
+def cuda_link_args(toolkit: Toolkit) -> list[str]:
+    """For the linker: the CUDA runtime, and no other of its libraries."""
+    return [f"-L{toolkit.library_dir()}", "-lcudart"]
 
 
 def torch_minor(torch_version: str) -> tuple[int, int]:
@@ -84,8 +123,33 @@ def minor_requirement(torch_version: str) -> str:
     return f"torch=={major}.{minor}.*"
 
 
-def decide_cuda(torch: ModuleType) -> tuple[bool, str]:
-    """Whether to build the CUDA kernels, and a line that says so and why.
+# ---- CUDA ---------------------------------------------------------------------------------------
+
+
+class Toolkit(NamedTuple):
+    """CUDA's compiler and libraries."""
+
+    home: Path
+    version: str  # of nvcc: "13.0"
+
+    def nvcc(self) -> Path:
+        return self.home / "bin" / "nvcc"
+
+    def library_dir(self) -> Path:
+        """The folder of libcudart.so: lib64 in NVIDIA's installers, lib in their wheels."""
+        dirs = [self.home / name for name in ("lib64", "lib")]
+        return next((path for path in dirs if (path / "libcudart.so").exists()), dirs[0])
+
+
+class CudaDecision(NamedTuple):
+    """What the CUDA kernels are built with, if they are, and a line that says so or why not."""
+
+    toolkit: Toolkit | None
+    line: str
+
+
+def decide_cuda(torch: ModuleType) -> CudaDecision:
+    """Whether to build the CUDA kernels.
 
     NEURON_EXT_CUDA=0 never builds them; 1 does, or raises ValueError; unset does where that works.
     """
@@ -93,32 +157,83 @@ def decide_cuda(torch: ModuleType) -> tuple[bool, str]:
     if wish not in (None, "0", "1"):
         raise ValueError(f"NEURON_EXT_CUDA must be 0, 1 or unset, not {wish!r}")
     if wish == "0":
-        return False, "CPU only: NEURON_EXT_CUDA=0"
-    obstacles = cuda_obstacles(torch)
-    if obstacles and wish == "1":
-        raise ValueError("NEURON_EXT_CUDA=1, but " + "; ".join(obstacles))
-    if obstacles:
-        return False, "CPU only: " + "; ".join(obstacles)
-    return True, f"CPU and CUDA {torch.version.cuda}"
+        return CudaDecision(None, "CPU only: NEURON_EXT_CUDA=0")
+    try:
+        toolkit = find_toolkit_for(torch)
+    except ValueError as obstacle:
+        if wish == "1":
+            raise ValueError(f"NEURON_EXT_CUDA=1, but {obstacle}") from None
+        return CudaDecision(None, f"CPU only: {obstacle}")
+    return CudaDecision(toolkit, f"CPU and CUDA: nvcc {toolkit.version} in {toolkit.home}")
 
 
-def cuda_obstacles(torch: ModuleType) -> list[str]:
-    """What is missing for building CUDA kernels."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    obstacles = []
+def find_toolkit_for(torch: ModuleType) -> Toolkit:
+    """The toolkit to build with; raises ValueError, which says what is missing, without one."""
     if not any(CSRC.glob("cuda/*.cu")):
-        obstacles.append("this version has no CUDA kernels")
+        raise ValueError("this version has no CUDA kernels")
     if torch.version.cuda is None:
-        obstacles.append(f"torch {torch.__version__} is not a CUDA build")
-    elif CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
-        obstacles.append(f"CUDA_HOME ({CUDA_HOME}) has no bin/nvcc")
-    return obstacles
+        raise ValueError(f"torch {torch.__version__} is not a CUDA build")
+    if sys.platform != "linux":
+        raise ValueError("CUDA kernels are built on Linux only")
+    toolkit = find_toolkit()
+    if toolkit.version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        raise ValueError(
+            f"nvcc in {toolkit.home} is of CUDA {toolkit.version}, and torch {torch.__version__} "
+            f"was built with CUDA {torch.version.cuda}: the major versions must agree (set "
+            "CUDA_HOME to another toolkit)"
+        )
+    check_toolkit(toolkit)
+    return toolkit
+
+
+def find_toolkit() -> Toolkit:
+    """Where nvcc says its toolkit is: an nvcc on PATH may be a script or a link to it."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if homes:
+        nvcc = Path(homes[0], "bin", "nvcc")
+    else:
+        nvcc = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    if not nvcc.exists():
+        where = f"CUDA_HOME ({homes[0]}) has no bin/nvcc" if homes else "there is no nvcc on PATH"
+        raise ValueError(f"{where}; CUDA_HOME must be the folder of a CUDA toolkit")
+    top = re.search(r"TOP=(.+)", _output_of(nvcc, "--dryrun", "-c", "kernel.cu"))
+    release = re.search(r"release (\d+\.\d+)", _output_of(nvcc, "--version"))
+    if top is None or release is None:
+        raise ValueError(f"{nvcc} doesn't say where its toolkit is; set CUDA_HOME")
+    return Toolkit(Path(top[1].strip()).resolve(), release[1])
+
+
+def check_toolkit(toolkit: Toolkit) -> None:
+    """Raises ValueError where a kernel can't be compiled, or not be linked.
+
+    Only trying shows whether all of a toolkit is installed and takes this C++ compiler.
+    """
+    headers = ("cuda.h", "cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h")
+    kernel = "".join(f"#include <{name}>\n" for name in headers) + "__global__ void kernel() {}\n"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.cu")
+        source.write_text(kernel)
+        command = [str(toolkit.nvcc()), *nvcc_args(), "-c", str(source)]
+        tried = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    if tried.returncode != 0:
+        lines = [line for line in (tried.stderr + tried.stdout).splitlines() if "error" in line]
+        why = lines[0] if lines else f"exit status {tried.returncode}"
+        raise ValueError(f"nvcc in {toolkit.home} can't compile an empty kernel: {why}")
+    if not (toolkit.library_dir() / "libcudart.so").exists():
+        raise ValueError(f"there is no libcudart.so in {toolkit.home}/lib64 or lib to link with")
+
+
+def _output_of(nvcc: Path, *args: str) -> str:
+    try:
+        done = subprocess.run([nvcc, *args], capture_output=True, text=True)
+    except OSError as error:
+        raise ValueError(f"{nvcc} doesn't run: {error}") from None
+    return done.stdout + done.stderr
 
 
 def build_info(torch: ModuleType) -> str:
     """The text of ``_build_info.py``: what must be known of a ``_C`` before it can be imported."""
-    cuda, _ = decide_cuda(torch)
+    cuda = decide_cuda(torch).toolkit is not None
     return (
         '"""Written when neuron_ext._C was built."""\n\n'
         f'VERSION = "{version()}"\n'

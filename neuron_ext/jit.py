@@ -51,7 +51,9 @@ def _build(verbose: bool, directory: Path) -> ModuleType:
     from filelock import FileLock
     from torch.utils import cpp_extension
 
-    _, cuda_line = _extension.decide_cuda(torch)
+    toolkit, cuda_line = _extension.decide_cuda(torch)
+    if toolkit:
+        cpp_extension.CUDA_HOME = str(toolkit.home)  # torch's guess knows no scripts named nvcc
     directory.mkdir(parents=True, exist_ok=True)
     print(f"neuron_ext: {cuda_line}; building in {directory}", file=sys.stderr)
     # The operating system releases this lock when its holder dies, however it dies. torch's own, up
@@ -68,9 +70,11 @@ def _build(verbose: bool, directory: Path) -> ModuleType:
             torch_lock.unlink()
         module: ModuleType = cpp_extension.load(
             name="neuron_ext_C",
-            sources=[str(path) for path in _extension.sources()],
+            sources=[str(path) for path in _extension.sources(cuda=bool(toolkit))],
             extra_include_paths=[str(path) for path in _extension.include_dirs()],
-            extra_cflags=_extension.compile_args(),
+            extra_cflags=_extension.compile_args(cuda=bool(toolkit)),
+            extra_cuda_cflags=_extension.nvcc_args(),
+            extra_ldflags=_extension.cuda_link_args(toolkit) if toolkit else [],
             build_directory=str(directory),
             verbose=verbose,
         )

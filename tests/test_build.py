@@ -10,7 +10,8 @@ import sys
 import tarfile
 import venv
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import setuptools
@@ -149,20 +150,158 @@ def test_package_requires_the_torch_minor_it_was_built_with(version: str, minor:
     assert RECIPE["minor_requirement"](version) == f"torch=={minor}.*"
 
 
-def test_cuda_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    decide = RECIPE["decide_cuda"]
-    monkeypatch.setenv("NEURON_EXT_CUDA", "0")
-    assert decide(torch) == (False, "CPU only: NEURON_EXT_CUDA=0")
-    monkeypatch.delenv("NEURON_EXT_CUDA")
-    built, why = decide(torch)
-    assert not built
-    assert "no CUDA kernels" in why
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CUDA toolkit whose nvcc does as NVIDIA's but compiles nothing; CUDA_HOME leads to it."""
+    home = tmp_path / "cuda-13.0"
+    (home / "bin").mkdir(parents=True)
+    (home / "lib64").mkdir()
+    (home / "lib64" / "libcudart.so").touch()
+    write_program(
+        home / "bin" / "nvcc",
+        f"""case $1 in
+--dryrun) echo '#$ TOP={home}/bin/..' >&2 ;;
+--version) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;
+esac""",
+    )
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.delenv("NEURON_EXT_CUDA", raising=False)
+    return home
+
+
+def write_program(path: Path, commands: str) -> None:
+    path.write_text(f"#!/bin/sh\n{commands}\n")
+    path.chmod(0o755)
+
+
+def torch_for(cuda: str | None) -> ModuleType:
+    """As much of a torch as the recipe looks at."""
+    torch = ModuleType("torch")
+    torch.__version__ = "2.13.0" if cuda is None else f"2.13.0+cu{cuda.replace('.', '')}"
+    torch.version = SimpleNamespace(cuda=cuda)
+    return torch
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    """The recipe of a checkout that has a CUDA kernel."""
+    copy = tmp_path / "with_kernels"
+    (copy / "neuron_ext").mkdir(parents=True)
+    (copy / "csrc" / "cuda").mkdir(parents=True)
+    (copy / "csrc" / "cuda" / "gemm.cu").touch()
+    shutil.copy(ROOT / "neuron_ext" / "_extension.py", copy / "neuron_ext")
+    return runpy.run_path(str(copy / "neuron_ext" / "_extension.py"))
+
+
+def refusal(recipe: dict[str, Any], torch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Why there will be no CUDA kernels: as the line that is printed, and where they're forced."""
+    monkeypatch.delenv("NEURON_EXT_CUDA", raising=False)
+    toolkit, line = recipe["decide_cuda"](torch)
+    assert toolkit is None
+    assert "\n" not in line
     monkeypatch.setenv("NEURON_EXT_CUDA", "1")
-    with pytest.raises(ValueError, match="NEURON_EXT_CUDA=1, but this version has no CUDA kernels"):
-        decide(torch)
+    with pytest.raises(ValueError, match=r"^NEURON_EXT_CUDA=1, but ") as forced:
+        recipe["decide_cuda"](torch)
+    why = line.removeprefix("CPU only: ")
+    assert str(forced.value) == f"NEURON_EXT_CUDA=1, but {why}"
+    return why
+
+
+def test_cuda_switch(
+    recipe: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decide = recipe["decide_cuda"]
+    found, line = decide(torch_for("13.2"))
+    assert found == (toolkit, "13.0")
+    assert line == f"CPU and CUDA: nvcc 13.0 in {toolkit}"
+    monkeypatch.setenv("NEURON_EXT_CUDA", "1")
+    assert decide(torch_for("13.0")).toolkit == found
+    monkeypatch.setenv("NEURON_EXT_CUDA", "0")
+    assert decide(torch_for("13.0")) == (None, "CPU only: NEURON_EXT_CUDA=0")
     monkeypatch.setenv("NEURON_EXT_CUDA", "yes")
     with pytest.raises(ValueError, match="must be 0, 1 or unset, not 'yes'"):
-        decide(torch)
+        decide(torch_for("13.0"))
+
+
+def test_cpu_torch_gets_no_cuda_kernels(
+    recipe: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert refusal(recipe, torch_for(None), monkeypatch) == "torch 2.13.0 is not a CUDA build"
+
+
+def test_toolkit_of_another_major_version(
+    recipe: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = refusal(recipe, torch_for("12.8"), monkeypatch)
+    assert f"nvcc in {toolkit} is of CUDA 13.0" in why
+    assert "torch 2.13.0+cu128 was built with CUDA 12.8" in why
+    assert "CUDA_HOME" in why
+
+
+def test_nvcc_on_path_that_is_a_script(
+    recipe: dict[str, Any], toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    write_program(shims / "nvcc", f'exec {toolkit}/bin/nvcc "$@"')
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(shims), prepend=os.pathsep)
+    assert recipe["decide_cuda"](torch_for("13.0")).toolkit == (toolkit, "13.0")
+
+
+def test_there_is_no_nvcc(
+    recipe: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (toolkit / "bin" / "nvcc").unlink()
+    why = refusal(recipe, torch_for("13.0"), monkeypatch)
+    assert why.startswith(f"CUDA_HOME ({toolkit}) has no bin/nvcc")
+
+
+def test_nvcc_that_is_no_compiler(
+    recipe: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_program(toolkit / "bin" / "nvcc", "echo hello")
+    why = refusal(recipe, torch_for("13.0"), monkeypatch)
+    assert "doesn't say where its toolkit is" in why
+    (toolkit / "bin" / "nvcc").write_bytes(b"\x7fELF")
+    assert "doesn't run" in refusal(recipe, torch_for("13.0"), monkeypatch)
+
+
+def test_toolkit_that_compiles_nothing(
+    recipe: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = toolkit / "bin" / "nvcc"
+    last_lines = (
+        "\n*) echo 'host_config.h:1: #error -- unsupported GNU version!' >&2; exit 1 ;;\nesac"
+    )
+    write_program(nvcc, nvcc.read_text().partition("\n")[2].replace("\nesac", last_lines))
+    why = refusal(recipe, torch_for("13.0"), monkeypatch)
+    assert "can't compile an empty kernel: host_config.h:1: #error -- unsupported GNU" in why
+
+
+def test_toolkit_without_a_runtime_to_link(
+    recipe: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (toolkit / "lib64" / "libcudart.so").unlink()
+    assert "there is no libcudart.so in" in refusal(recipe, torch_for("13.0"), monkeypatch)
+    (toolkit / "lib").mkdir()
+    (toolkit / "lib" / "libcudart.so").touch()  # where NVIDIA's wheels have it
+    monkeypatch.delenv("NEURON_EXT_CUDA")
+    found = recipe["decide_cuda"](torch_for("13.0")).toolkit
+    assert recipe["cuda_link_args"](found) == [f"-L{toolkit}/lib", "-lcudart"]
+
+
+def test_targets_keep_torch_from_looking_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert cpp_extension._get_cuda_arch_flags(RECIPE["nvcc_args"]()) == []
+
+
+def test_object_files_have_names_of_their_own() -> None:
+    """setuptools keeps folders and drops suffixes; building on the fly drops the folders."""
+    sources = RECIPE["sources"](cuda=True)
+    assert len({path.with_suffix("") for path in sources}) == len(sources)
+    assert len({path.name for path in sources}) == len(sources)
 
 
 # ---- the compiled module and the package ---------------------------------------------------------

@@ -1,4 +1,4 @@
-// NEURON_EXT_LOG=1: what was asked for and what was chosen, each distinct choice once, on stderr.
+// What NEURON_EXT_LOG=1 prints of the choice of a CPU kernel.
 #pragma once
 
 #include "blocking.h"

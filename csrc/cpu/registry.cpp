@@ -4,11 +4,10 @@
 #include <utility>
 
 #include "isa.h"
+#include "neuron_ext/last_kernel.h"
 
 namespace neuron_ext::cpu {
 namespace {
-
-thread_local const char* last_chosen = "";
 
 /// Best first.
 std::span<const IsaKernels> all_kernels() {
@@ -41,7 +40,7 @@ const GemmKernel& first_gemm(const GemmDesc& desc, const F& suits) {
 }  // namespace
 
 const GemmKernel& note_choice(const GemmKernel& kernel) {
-  last_chosen = kernel.name;
+  last_kernel() = kernel.name;
   return kernel;
 }
 
@@ -58,7 +57,7 @@ const ElementwiseKernel& choose_elementwise() {
   const Isa active = active_isa();
   for (const IsaKernels& of_isa : all_kernels()) {
     if (of_isa.elementwise != nullptr && of_isa.elementwise->isa <= active) {
-      last_chosen = of_isa.elementwise->name;
+      last_kernel() = of_isa.elementwise->name;
       return *of_isa.elementwise;
     }
   }
@@ -84,7 +83,5 @@ std::vector<KernelInfo> kernels() {
   }
   return infos;
 }
-
-const char* last_kernel() { return last_chosen; }
 
 }  // namespace neuron_ext::cpu

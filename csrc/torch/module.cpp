@@ -9,6 +9,7 @@
 
 #include "glue.h"
 #include "neuron_ext/cpu.h"
+#include "neuron_ext/last_kernel.h"
 #include "ops.h"
 
 #define NEURON_EXT_STRING_(x) #x
@@ -199,6 +200,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("supported_cpu_isas", &supported_cpu_isas);
   module.def("set_cpu_isa", &set_cpu_isa);
   module.def("kernels", &kernels);
-  module.def("last_kernel", &cpu::last_kernel);
+  module.def("last_kernel", [] { return last_kernel(); });
   module.def("build_info", &build_info);
 }

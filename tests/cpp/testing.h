@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "neuron_ext/cpu.h"
+#include "neuron_ext/last_kernel.h"
 #include "reference.h"
 
 namespace neuron_ext::testing {

@@ -42,8 +42,7 @@ struct KernelInfo {
   bool runnable;  // this CPU has the ISA
 };
 
-std::vector<KernelInfo> kernels();  // in the order in which they're tried
-const char* last_kernel();  // name of the row last chosen by a call on this thread; "" before any
+std::vector<KernelInfo> kernels();  // in the order in which they're tried; see also last_kernel.h
 
 // ---- kernels ------------------------------------------------------------------------------------
 

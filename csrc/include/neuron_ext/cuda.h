@@ -50,8 +50,7 @@ struct KernelInfo {
   int lowest_sm, highest_sm;  // the compute capabilities that run it
 };
 
-std::vector<KernelInfo> kernels();  // in the order in which they're tried
-const char* last_kernel();  // name of the row last chosen by a call on this thread; "" before any
+std::vector<KernelInfo> kernels();  // in the order in which they're tried; see also last_kernel.h
 
 // ---- matrix products ----------------------------------------------------------------------------
 
