@@ -36,37 +36,48 @@ inline ParallelFor at_parallel_for() {
       at::get_num_threads());
 }
 
-/// Which stage a call may go to at once, since all that the dispatcher would do is to pick it.
-enum class Shortcut : std::uint8_t { kNone, kAutograd, kCpu };
+/// What the dispatcher would come to, where all it would do is to pick the CPU: the kernel, or a
+/// node of the graph and then the kernel.
+enum class Shortcut : std::uint8_t { kNone, kNode, kCpu };
 
-/// Dense CPU tensors, and in this thread no mode, transform, autocast, tracer or profiler. `keys`
-/// are those of all tensors; `differentiable`: whether any of them requires a gradient or has a
-/// tangent.
-inline Shortcut shortcut(c10::DispatchKeySet keys, bool differentiable) {
-  using c10::DispatchKey;
-  constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::AutogradCPU,
-                                        DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect});
-  const c10::impl::LocalDispatchKeySet tls = c10::impl::tls_local_dispatch_key_set();
-  const c10::DispatchKeySet active = (keys | tls.included_) - tls.excluded_;
-  if ((active | kPlain) != kPlain ||
-      at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value()) {
-    return Shortcut::kNone;
+/// Of a call on the tensors that were added.
+class ShortcutOf {
+ public:
+  void add(const at::Tensor& t) {
+    if (!t.defined()) return;
+    keys_ = keys_ | t.key_set();
+    needs_grad_ = needs_grad_ || t.requires_grad();
+    has_tangent_ = has_tangent_ || has_tangent(t);
   }
-  return differentiable && active.has(DispatchKey::AutogradCPU) ? Shortcut::kAutograd
-                                                                : Shortcut::kCpu;
-}
+
+  /// Some for dense CPU tensors, if in this thread there is no mode, transform, autocast, tracer
+  /// or profiler.
+  Shortcut get() const {
+    using c10::DispatchKey;
+    constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::AutogradCPU,
+                                          DispatchKey::ADInplaceOrView,
+                                          DispatchKey::BackendSelect});
+    const c10::impl::LocalDispatchKeySet tls = c10::impl::tls_local_dispatch_key_set();
+    const c10::DispatchKeySet active = (keys_ | tls.included_) - tls.excluded_;
+    if ((active | kPlain) != kPlain || has_tangent_ ||
+        at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value()) {
+      return Shortcut::kNone;
+    }
+    return needs_grad_ && at::GradMode::is_enabled() && active.has(DispatchKey::AutogradCPU)
+               ? Shortcut::kNode
+               : Shortcut::kCpu;
+  }
+
+ private:
+  c10::DispatchKeySet keys_;
+  bool needs_grad_ = false, has_tangent_ = false;
+};
 
 template <class... Tensors>
 Shortcut shortcut_for(const Tensors&... tensors) {
-  c10::DispatchKeySet keys;
-  bool differentiable = false;
-  const auto look_at = [&](const at::Tensor& t) {
-    if (!t.defined()) return;
-    keys = keys | t.key_set();
-    differentiable = differentiable || needs_grad(t) || has_tangent(t);
-  };
-  (look_at(tensors), ...);
-  return shortcut(keys, differentiable);
+  ShortcutOf call;
+  (call.add(tensors), ...);
+  return call.get();
 }
 
 template <class Signature>

@@ -29,4 +29,10 @@ void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, 
 void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, void* dw, void* db,
            DType dtype);
 
+/// Puts `output`, a new tensor, into the graph as a sigmoid layer's result. The bias, a vector or
+/// undefined, only has its place in the graph looked at; weight and input also have their values
+/// kept, each if the other needs a gradient. (linear.cpp)
+void record_sigmoid_layer(const at::Tensor& output, const at::Tensor& input,
+                          const at::Tensor& weight, const at::Tensor& bias);
+
 }  // namespace neuron_ext

@@ -3,7 +3,7 @@
 // START HERE to see how an operation meets torch. A call passes, in this order,
 //
 //   autocast   casts the arguments                               layer_autocast
-//   autograd   decides who differentiates, and records a node    layer_autograd, LayerFunction
+//   autograd   decides who differentiates, and records a node    layer_autograd, LayerNode
 //   a device   CPU: the kernels                                  layer_cpu
 //              Meta: shapes only                                 layer_meta
 //              all others: ATen                                  layer_aten
@@ -19,16 +19,15 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sigmoid_backward.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include "glue.h"
 #include "layer.h"
+#include "node.h"
 #include "ops.h"
 
 namespace neuron_ext {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 using OptionalTensor = std::optional<Tensor>;
@@ -107,16 +106,20 @@ bool kernels_take_backward(const Tensor& grad_output, const Tensor& input, const
          goes_with(grad_output, weight) && goes_with(grad_output, output);
 }
 
+/// Of arguments that were checked; bias a vector or undefined.
+template <Activation f>
+Tensor compute_layer(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  Tensor output = empty_rows(input, weight.size(0));
+  fprop(f, as_rows(input), weight, bias, output.mutable_data_ptr());
+  return output;
+}
+
 template <Activation f>
 Tensor layer_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias) {
   const Tensor& bias = value_or_undefined(optional_bias);
   if (!kernels_take(input, weight, bias)) return layer_aten<f>(input, weight, optional_bias);
   check_layer(op_name(f), input, weight, bias);
-  const RowsView x = as_rows(input);
-  Tensor output = empty_rows(input, weight.size(0));
-  fprop(f, x, weight, bias.defined() ? as_vector(bias, weight.sym_size(0)) : bias,
-        output.mutable_data_ptr());
-  return output;
+  return compute_layer<f>(input, weight, as_vector(bias, weight));
 }
 
 Gradients layer_backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
@@ -171,55 +174,54 @@ Gradients layer_backward_meta(const Tensor& grad_output, const Tensor& input, co
 
 // ---- autograd -----------------------------------------------------------------------------------
 
-/// dz = dy f'(y); dx = dz W; dW = dzᵀ x; db = Σ dz: the gradients of a layer, and the node of their
-/// own gradients. Saves dy, x, W and y.
+/// dz = dy f'(y); dx = dz W; dW = dzᵀ x; db = Σ dz: the node of a layer. Saved is what the wanted
+/// gradients take, as torch does it, so that a frozen weight doesn't keep the input alive and may
+/// be changed in place: x for W's, W for x's and, if f needs it, y for all.
 template <Activation f>
-class LayerBackwardFunction : public torch::autograd::Function<LayerBackwardFunction<f>> {
- public:
-  static constexpr bool is_traceable = true;
+struct LayerNode {
+  static constexpr const char* kName =
+      f == Activation::kSigmoid ? "LinearSigmoidBackward" : "LinearBackward";
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& grad_output,
-                               const OptionalTensor& input, const OptionalTensor& weight,
-                               const OptionalTensor& output, Mask mask) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Tensor &x = value_or_undefined(input), &w = value_or_undefined(weight);
-    const Tensor& y = value_or_undefined(output);
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({grad_output, x, w, y});
-    ctx->saved_data["has_dx"] = mask[0];
-    ctx->saved_data["has_dw"] = mask[1];
-    const auto [dx, dw, db] = layer_backward<f>(grad_output, x, w, y, mask);
-    variable_list defined;  // a Function can't return an undefined tensor
-    for (const Tensor& grad : {dx, dw, db}) {
-      if (grad.defined()) defined.push_back(grad);
-    }
-    return defined;
+  static variable_list gradients(const BackwardPass& pass) {
+    variable_list result(3);
+    if (!pass.grads[0].defined()) return result;
+    std::tie(result[0], result[1], result[2]) =
+        layer_backward<f>(pass.grads[0], pass.saved[0], pass.saved[1], pass.saved[2],
+                          {pass.wanted[0], pass.wanted[1], pass.wanted[2]});
+    return result;
   }
+};
+
+/// Puts `output`, a new tensor, into the graph as a layer's result; bias a vector or undefined.
+template <Activation f>
+void record_layer(const Tensor& output, const Tensor& input, const Tensor& weight,
+                  const Tensor& bias) {
+  const auto node = make_node<LayerNode<f>>(3);
+  for (const Tensor* t : {&input, &weight, &bias}) node->add_input(*t);
+  node->save(needs_grad(weight) ? input : Tensor());
+  node->save(needs_grad(input) ? weight : Tensor());
+  node->set_results(output);
+  node->save_result(gradient_needs(f) == GradientNeeds::kOutput ? output : Tensor());
+  node->finish();
+}
+
+/// The node of a layer's gradients, which takes dy, x, W and y.
+template <Activation f>
+struct LayerBackwardNode {
+  static constexpr const char* kName =
+      f == Activation::kSigmoid ? "LinearSigmoidBackwardBackward" : "LinearBackwardBackward";
 
   /// With u, v, s the gradients that come for dx, dW, db:
   ///   for dz: g = u Wᵀ + x vᵀ + s        for x: dz v        for W: dzᵀ u
   /// and then, dz being dy y (1 - y):     for dy: g y (1 - y)    for y: g dy (1 - 2y).
   /// u comes only if there was a W to compute dx, v only if there was an x.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &dy = saved[0], &x = saved[1], &w = saved[2], &y = saved[3];
-    size_t outputs = 0;
-    const auto incoming = [&](bool there) {
-      return there && outputs < grads.size() ? grads[outputs++] : Tensor();
-    };
-    const Tensor u = incoming(ctx->saved_data["has_dx"].toBool());
-    const Tensor v = incoming(ctx->saved_data["has_dw"].toBool());
-    const Tensor s = incoming(true);
-    variable_list result(5);  // for dy, x, W, y and the mask
+  static variable_list gradients(const BackwardPass& pass) {
+    const Tensor &u = pass.grads[0], &v = pass.grads[1], &s = pass.grads[2];
+    const Tensor &dy = pass.saved[0], &x = pass.saved[1], &w = pass.saved[2], &y = pass.saved[3];
+    variable_list result(4);
     if (!u.defined() && !v.defined() && !s.defined()) return result;
-
-    // torch numbers only the arguments that were there.
-    size_t edges = 0;
-    const auto wanted = [&](const Tensor& argument) {
-      return argument.defined() && ctx->needs_input_grad(edges++);
-    };
-    const bool for_dy = wanted(dy), for_x = wanted(x) && v.defined();
-    const bool for_w = wanted(w) && u.defined(), for_y = wanted(y);
+    const bool for_dy = pass.wanted[0], for_x = pass.wanted[1] && v.defined();
+    const bool for_w = pass.wanted[2] && u.defined(), for_y = pass.wanted[3];
     if (for_dy || for_y) {
       Tensor g = u.defined() ? neuron_ext::linear(u, w) : Tensor();
       if (v.defined() || s.defined()) {
@@ -238,36 +240,16 @@ class LayerBackwardFunction : public torch::autograd::Function<LayerBackwardFunc
   }
 };
 
-/// y = f(x Wᵀ + b). Saves what the wanted gradients take, as torch does, so that a frozen weight
-/// doesn't keep the input alive and may be changed in place: W for x's, x for W's and, if f needs
-/// it, y for all.
-template <Activation f, bool has_bias>
-class LayerFunction : public torch::autograd::Function<LayerFunction<f, has_bias>> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                        const OptionalTensor& bias) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor output = layer<f>(input, weight, bias);
-    ctx->set_materialize_grads(false);
-    constexpr bool saves_output = gradient_needs(f) == GradientNeeds::kOutput;
-    ctx->save_for_backward({needs_grad(weight) ? input : Tensor(),
-                            needs_grad(input) ? weight : Tensor(),
-                            saves_output ? output : Tensor()});
-    return output;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(3);
-    if (!grads[0].defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
-    std::tie(result[0], result[1], result[2]) = layer_backward<f>(
-        grads[0], saved[0], saved[1], saved[2],
-        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), has_bias && ctx->needs_input_grad(2)});
-    return result;
-  }
-};
+/// The layer and its node; `below` computes it below autograd, bias being a vector or undefined.
+template <Activation f, class Below>
+Tensor layer_with_node(const Tensor& input, const Tensor& weight, const Tensor& bias,
+                       const Below& below) {
+  check_layer(op_name(f), input, weight, bias);
+  const Tensor vector = as_vector(bias, weight);
+  Tensor output = below(input, weight, vector);
+  record_layer<f>(output, input, weight, vector);
+  return output;
+}
 
 template <Activation f>
 Tensor layer_autograd(const Tensor& input, const Tensor& weight,
@@ -277,15 +259,12 @@ Tensor layer_autograd(const Tensor& input, const Tensor& weight,
       !kernels_take(input, weight, bias)) {
     return layer_aten<f>(input, weight, optional_bias);
   }
-  if (!at::GradMode::is_enabled() ||
-      !(needs_grad(input) || needs_grad(weight) || needs_grad(bias))) {
+  const auto below = [](const Tensor& x, const Tensor& w, const Tensor& b) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return layer<f>(input, weight, optional_bias);
-  }
-  check_layer(op_name(f), input, weight, bias);
-  if (!bias.defined()) return LayerFunction<f, false>::apply(input, weight, OptionalTensor());
-  return LayerFunction<f, true>::apply(input, weight,
-                                       OptionalTensor(as_vector(bias, weight.sym_size(0))));
+    return layer<f>(x, w, optional(b));
+  };
+  return needs_node(input, weight, bias) ? layer_with_node<f>(input, weight, bias, below)
+                                         : below(input, weight, bias);
 }
 
 template <Activation f>
@@ -296,19 +275,20 @@ Gradients layer_backward_autograd(const Tensor& grad_output, const Tensor& input
       !kernels_take_backward(grad_output, input, weight, output)) {
     return layer_backward_aten(grad_output, input, weight, output, mask);
   }
-  if (!at::GradMode::is_enabled() ||
-      !(needs_grad(grad_output) || needs_grad(input) || needs_grad(weight) || needs_grad(output))) {
+  const auto below = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return layer_backward<f>(grad_output, input, weight, output, mask);
-  }
+  };
+  if (!needs_node(grad_output, input, weight, output)) return below();
   check_layer_backward(grad_output, input, weight, output, mask);
-  const variable_list defined = LayerBackwardFunction<f>::apply(
-      grad_output, OptionalTensor(input), OptionalTensor(weight), OptionalTensor(output), mask);
-  auto next = defined.begin();
-  Gradients grads;
-  if (mask[0]) std::get<0>(grads) = *next++;
-  if (mask[1]) std::get<1>(grads) = *next++;
-  if (mask[2]) std::get<2>(grads) = *next++;
+  const auto node = make_node<LayerBackwardNode<f>>(4);
+  for (const Tensor* t : {&grad_output, &input, &weight, &output}) {
+    node->add_input(*t);
+    node->save(*t);
+  }
+  const Gradients grads = below();
+  std::apply([&](const auto&... grad) { node->set_results(grad...); }, grads);
+  node->finish();
   return grads;
 }
 
@@ -372,9 +352,13 @@ void impl_backward(torch::Library& library, const char* name, Function aten, Fun
 
 template <Activation f>
 Tensor layer(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  const Shortcut to = shortcut_for(input, weight, value_or_undefined(bias));
-  if (to == Shortcut::kAutograd) return layer_autograd<f>(input, weight, bias);
+  const Tensor& b = value_or_undefined(bias);
+  const Shortcut to = shortcut_for(input, weight, b);
   if (to == Shortcut::kCpu) return layer_cpu<f>(input, weight, bias);
+  if (to == Shortcut::kNode) {
+    return kernels_take(input, weight, b) ? layer_with_node<f>(input, weight, b, compute_layer<f>)
+                                          : layer_aten<f>(input, weight, bias);
+  }
   static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
       f == Activation::kSigmoid ? "neuron_ext::linear_sigmoid" : "neuron_ext::linear");
   return op.call(input, weight, bias);
@@ -384,10 +368,10 @@ template <Activation f>
 Gradients layer_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                          const Tensor& output, Mask mask) {
   const Shortcut to = shortcut_for(grad_output, input, weight, output);
-  if (to == Shortcut::kAutograd) {
+  if (to == Shortcut::kCpu) return layer_backward_cpu(grad_output, input, weight, output, mask);
+  if (to == Shortcut::kNode) {
     return layer_backward_autograd<f>(grad_output, input, weight, output, mask);
   }
-  if (to == Shortcut::kCpu) return layer_backward_cpu(grad_output, input, weight, output, mask);
   if constexpr (f == Activation::kSigmoid) {
     static const auto op =
         find_operator<Gradients(const Tensor&, const OptionalTensor&, const OptionalTensor&,
@@ -423,6 +407,11 @@ void register_linear(torch::Library& library) {
   impl_backward(library, "linear_sigmoid_backward", &of_linear_sigmoid<layer_backward_aten>,
                 &of_linear_sigmoid<layer_backward_cpu>, &of_linear_sigmoid<layer_backward_meta>,
                 &of_linear_sigmoid<layer_backward_autograd<Activation::kSigmoid>>);
+}
+
+void record_sigmoid_layer(const Tensor& output, const Tensor& input, const Tensor& weight,
+                          const Tensor& bias) {
+  record_layer<Activation::kSigmoid>(output, input, weight, bias);
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {

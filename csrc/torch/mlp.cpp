@@ -9,29 +9,26 @@
 // and biases that they are. `places` stand in the graph for those of them that aren't there
 // themselves.
 
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/ScopeExit.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <utility>
 
 #include "glue.h"
 #include "layer.h"
+#include "node.h"
 #include "ops.h"
 
 namespace neuron_ext {
 
 using at::Tensor;
 using at::TensorList;
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
-using OptionalTensors = c10::List<std::optional<Tensor>>;
+using OptionalTensors = at::ArrayRef<std::optional<Tensor>>;
 using Name = std::optional<std::string_view>;
 using OutputAndHidden = std::tuple<Tensor, Tensor>;
 
@@ -52,11 +49,11 @@ Activation activation_of(size_t layer, size_t depth, const Name& output_activati
                                                             : Activation::kIdentity;
 }
 
-Tensor bias_of(const OptionalTensors& biases, size_t layer) {
-  return value_or_undefined(biases.get(layer));
+const Tensor& bias_of(OptionalTensors biases, size_t layer) {
+  return value_or_undefined(biases[layer]);
 }
 
-bool kernels_take_stack(const Tensor& input, TensorList weights, const OptionalTensors& biases) {
+bool kernels_take_stack(const Tensor& input, TensorList weights, OptionalTensors biases) {
   if (biases.size() != weights.size()) return false;
   for (size_t i = 0; i < weights.size(); ++i) {
     if (!kernels_take(input, weights[i], bias_of(biases, i))) return false;
@@ -65,7 +62,7 @@ bool kernels_take_stack(const Tensor& input, TensorList weights, const OptionalT
 }
 
 /// Raises unless the layers' shapes agree with the input's and with each other.
-void check_layers(const Tensor& input, TensorList weights, const OptionalTensors& biases) {
+void check_layers(const Tensor& input, TensorList weights, OptionalTensors biases) {
   check_layer("mlp, layer 0", input, weights[0], bias_of(biases, 0));
   for (size_t i = 1; i < weights.size(); ++i) {
     const auto out_features = weights[i - 1].sym_size(0), in_features = weights[i].sym_size(1);
@@ -90,25 +87,24 @@ Tensor run_layer(size_t layer, size_t depth, const Tensor& input, const Tensor& 
       [&] { return c10::str("mlp, layer ", layer); });
 }
 
-Tensor mlp_by_layers(const Tensor& input, TensorList weights, const OptionalTensors& biases,
+Tensor mlp_by_layers(const Tensor& input, TensorList weights, OptionalTensors biases,
                      const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   Tensor h = input;
   for (size_t i = 0; i < weights.size(); ++i) {
-    h = run_layer(i, weights.size(), h, weights[i], biases.get(i), output_activation);
+    h = run_layer(i, weights.size(), h, weights[i], biases[i], output_activation);
   }
   return h;
 }
 
 OutputAndHidden mlp_forward_by_layers(const Tensor& input, TensorList weights,
-                                      const OptionalTensors& biases,
-                                      const Name& output_activation) {
+                                      OptionalTensors biases, const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   const size_t depth = weights.size();
   std::vector<Tensor> hidden;
   Tensor h = input;
   for (size_t i = 0; i < depth; ++i) {
-    h = run_layer(i, depth, h, weights[i], biases.get(i), output_activation);
+    h = run_layer(i, depth, h, weights[i], biases[i], output_activation);
     if (i + 1 < depth) hidden.push_back(h.reshape({-1}));
   }
   return {h, hidden.empty() ? at::empty({0}, input.options()) : at::cat(hidden)};
@@ -123,23 +119,23 @@ RowsView rows_at(const void* data, std::int64_t rows, std::int64_t columns) {
 
 /// Runs the layers; the output of hidden layer i goes to hidden(i).
 template <class Hidden>
-Tensor run_layers(const Tensor& input, TensorList weights, const OptionalTensors& biases,
+Tensor run_layers(const Tensor& input, TensorList weights, OptionalTensors biases,
                   const Name& output_activation, RowsView x, const Hidden& hidden) {
   const size_t depth = weights.size();
   Tensor output = empty_rows(input, weights.back().size(0));
   for (size_t i = 0; i < depth; ++i) {
     const std::int64_t width = weights[i].size(0);
     void* y = i + 1 < depth ? hidden(i) : output.mutable_data_ptr();
-    const Tensor bias = bias_of(biases, i);
-    fprop(activation_of(i, depth, output_activation), x, weights[i],
-          bias.defined() ? as_vector(bias, width) : bias, y);
+    const Tensor& bias = bias_of(biases, i);
+    fprop(activation_of(i, depth, output_activation), x, weights[i], as_vector(bias, weights[i]),
+          y);
     x = rows_at(y, x.rows, width);
   }
   return output;
 }
 
-Tensor mlp_cpu(const Tensor& input, TensorList weights, const OptionalTensors& biases,
-               Name output_activation) {
+Tensor mlp_cpu(const Tensor& input, TensorList weights, OptionalTensors biases,
+               const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (!kernels_take_stack(input, weights, biases)) {
     return mlp_by_layers(input, weights, biases, output_activation);
@@ -156,13 +152,9 @@ Tensor mlp_cpu(const Tensor& input, TensorList weights, const OptionalTensors& b
                     [&](size_t layer) { return data + (layer % 2) * bytes; });
 }
 
-OutputAndHidden mlp_forward_cpu(const Tensor& input, TensorList weights,
-                                const OptionalTensors& biases, Name output_activation) {
-  check_stack(weights, biases.size(), output_activation);
-  if (!kernels_take_stack(input, weights, biases)) {
-    return mlp_forward_by_layers(input, weights, biases, output_activation);
-  }
-  check_layers(input, weights, biases);
+/// Of arguments that were checked.
+OutputAndHidden compute_stack(const Tensor& input, TensorList weights, OptionalTensors biases,
+                              const Name& output_activation) {
   const RowsView x = as_rows(input);
   std::int64_t width = 0;
   for (size_t i = 0; i + 1 < weights.size(); ++i) width += weights[i].size(0);
@@ -174,23 +166,31 @@ OutputAndHidden mlp_forward_cpu(const Tensor& input, TensorList weights,
   return {output, hidden};
 }
 
-/// mlp_backward's arguments: the same for every stage.
+OutputAndHidden mlp_forward_cpu(const Tensor& input, TensorList weights, OptionalTensors biases,
+                                const Name& output_activation) {
+  check_stack(weights, biases.size(), output_activation);
+  if (!kernels_take_stack(input, weights, biases)) {
+    return mlp_forward_by_layers(input, weights, biases, output_activation);
+  }
+  check_layers(input, weights, biases);
+  return compute_stack(input, weights, biases, output_activation);
+}
+
+/// mlp_backward's arguments: the same for every stage. Tensors that aren't there are undefined.
 struct Backward {
   const Tensor& grad_output;
-  const OptionalTensor& input;
-  const OptionalTensors& weights;
-  const OptionalTensors& places;  // input, weights, biases
-  const OptionalTensor& output;
+  const Tensor& input;
+  TensorList weights;
+  TensorList places;  // input, weights, biases
+  const Tensor& output;
   const Tensor& hidden;
   c10::SymIntArrayRef hidden_features;
-  const c10::List<bool>& mask;  // input, weights, biases
+  const std::vector<bool>& mask;  // input, weights, biases
 
   size_t depth() const { return weights.size(); }
-  Tensor weight(size_t layer) const { return value_or_undefined(weights.get(layer)); }
-  Tensor place(size_t i) const { return value_or_undefined(places.get(i)); }
-  bool wants_input() const { return mask.get(0); }
-  bool wants_weight(size_t layer) const { return mask.get(1 + layer); }
-  bool wants_bias(size_t layer) const { return mask.get(1 + depth() + layer); }
+  bool wants_input() const { return mask[0]; }
+  bool wants_weight(size_t layer) const { return mask[1 + layer]; }
+  bool wants_bias(size_t layer) const { return mask[1 + depth() + layer]; }
   /// Whether any gradient before that of `layer`'s own parameters is wanted.
   bool wants_before(size_t layer) const {
     bool wanted = wants_input();
@@ -201,17 +201,17 @@ struct Backward {
     return layer + 1 < depth() ? hidden_features[layer] : grad_output.sym_size(-1);
   }
   Activation activation(size_t layer) const {
-    return layer + 1 < depth() || output.has_value() ? Activation::kSigmoid : Activation::kIdentity;
+    return layer + 1 < depth() || output.defined() ? Activation::kSigmoid : Activation::kIdentity;
   }
 
   template <class F>
   void for_each_tensor(const F& f) const {
     f(grad_output);
-    f(value_or_undefined(input));
-    f(value_or_undefined(output));
+    f(input);
+    f(output);
     f(hidden);
-    for (size_t i = 0; i < depth(); ++i) f(weight(i));
-    for (size_t i = 0; i < places.size(); ++i) f(place(i));
+    for (const Tensor& weight : weights) f(weight);
+    for (const Tensor& place : places) f(place);
   }
   bool kernels_take() const {
     bool all = is_kernel_tensor(grad_output);
@@ -236,7 +236,7 @@ void Backward::check() const {
   };
   for (size_t i = 0; i < n; ++i) {
     if (!wants_before(i)) continue;
-    const Tensor w = weight(i);
+    const Tensor& w = weights[i];
     TORCH_CHECK(w.defined(), where, ": weights[", i, "] is None, but a wanted gradient takes it");
     TORCH_CHECK(
         w.dim() == 2 && fits(w, 0, out_features(i)) &&
@@ -245,12 +245,12 @@ void Backward::check() const {
         i == 0 ? std::string(", in_features)") : c10::str(", ", hidden_features[i - 1], ")"));
   }
   if (wants_weight(0)) {
-    TORCH_CHECK(input.has_value(), where,
+    TORCH_CHECK(input.defined(), where,
                 ": input is None, but the first weight's gradient takes it");
-    check_rows(where, "grad_output", grad_output, *input, grad_output.sym_size(-1));
+    check_rows(where, "grad_output", grad_output, input, grad_output.sym_size(-1));
   }
-  if (output.has_value()) {
-    check_rows(where, "output", *output, grad_output, grad_output.sym_size(-1));
+  if (output.defined()) {
+    check_rows(where, "output", output, grad_output, grad_output.sym_size(-1));
   }
   c10::SymInt size = 0;
   for (const auto& features : hidden_features) size += features;
@@ -267,7 +267,7 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
   const size_t depth = call.depth();
   const auto dtype = call.grad_output.scalar_type();
   RowsView dy = as_rows(call.grad_output);
-  OptionalRows y = call.output.has_value() ? OptionalRows(as_rows(*call.output)) : std::nullopt;
+  OptionalRows y = call.output.defined() ? OptionalRows(as_rows(call.output)) : std::nullopt;
   const std::int64_t rows = dy.rows;
   const Tensor hidden = call.hidden.contiguous();
   const std::int64_t size = hidden.element_size();
@@ -289,7 +289,7 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
       h_end -= rows * in_features(i) * size;
       x = rows_at(h_end, rows, in_features(i));
     } else if (call.wants_weight(0)) {
-      x = as_rows(*call.input);
+      x = as_rows(call.input);
     }
     Tensor &dw = grads[1 + i], &db = grads[1 + depth + i];
     if (call.wants_weight(i)) dw = empty_cpu({dy.columns, x->columns}, dtype);
@@ -299,7 +299,7 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
             db.defined() ? db.mutable_data_ptr() : nullptr, dtype_of(call.grad_output));
     }
     if (!call.wants_before(i)) break;
-    const Tensor weight = call.weight(i);
+    const Tensor& weight = call.weights[i];
     if (i == 0) {
       grads[0] = empty_rows(call.grad_output, weight.size(1));
       dgrad(dy, y, weight, grads[0].mutable_data_ptr());
@@ -319,8 +319,8 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
 
 // ---- Meta ---------------------------------------------------------------------------------------
 
-Tensor mlp_meta(const Tensor& input, TensorList weights, const OptionalTensors& biases,
-                Name output_activation) {
+Tensor mlp_meta(const Tensor& input, TensorList weights, OptionalTensors biases,
+                const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (!kernels_take_stack(input, weights, biases)) {
     return mlp_by_layers(input, weights, biases, output_activation);
@@ -329,8 +329,8 @@ Tensor mlp_meta(const Tensor& input, TensorList weights, const OptionalTensors& 
   return empty_rows_symint(input, weights.back().sym_size(0));
 }
 
-OutputAndHidden mlp_forward_meta(const Tensor& input, TensorList weights,
-                                 const OptionalTensors& biases, Name output_activation) {
+OutputAndHidden mlp_forward_meta(const Tensor& input, TensorList weights, OptionalTensors biases,
+                                 const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (!kernels_take_stack(input, weights, biases)) {
     return mlp_forward_by_layers(input, weights, biases, output_activation);
@@ -349,11 +349,11 @@ std::vector<Tensor> mlp_backward_meta(const Backward& call) {
   const auto options = call.grad_output.options();
   std::vector<Tensor> grads;
   if (call.wants_input()) {
-    grads.push_back(empty_rows_symint(call.grad_output, call.weight(0).sym_size(1)));
+    grads.push_back(empty_rows_symint(call.grad_output, call.weights[0].sym_size(1)));
   }
   for (size_t i = 0; i < call.depth(); ++i) {
     if (!call.wants_weight(i)) continue;
-    const auto in_features = i > 0 ? call.hidden_features[i - 1] : call.input->sym_size(-1);
+    const auto in_features = i > 0 ? call.hidden_features[i - 1] : call.input.sym_size(-1);
     grads.push_back(at::empty_symint({call.out_features(i), in_features}, options));
   }
   for (size_t i = 0; i < call.depth(); ++i) {
@@ -364,110 +364,53 @@ std::vector<Tensor> mlp_backward_meta(const Backward& call) {
 
 // ---- autograd -----------------------------------------------------------------------------------
 
-Tensor mlp_autograd(const Tensor& input, TensorList weights, const OptionalTensors& biases,
-                    Name output_activation);
+/// The operation itself, through whichever stages there are to pass.
+Tensor call_mlp(const Tensor& input, TensorList weights, OptionalTensors biases,
+                const Name& output_activation);
 std::vector<Tensor> mlp_backward_autograd(const Backward& call);
 
-bool any_tangent(const Tensor& input, TensorList weights, const OptionalTensors& biases) {
+bool any_tangent(const Tensor& input, TensorList weights, OptionalTensors biases) {
   bool any = has_tangent(input) || std::any_of(weights.begin(), weights.end(), has_tangent);
   for (size_t i = 0; i < biases.size(); ++i) any |= has_tangent(bias_of(biases, i));
   return any;
 }
 
-bool any_needs_grad(const Tensor& input, TensorList weights, const OptionalTensors& biases) {
+bool any_needs_grad(const Tensor& input, TensorList weights, OptionalTensors biases) {
   bool any = needs_grad(input) || std::any_of(weights.begin(), weights.end(), needs_grad);
   for (size_t i = 0; i < biases.size(); ++i) any |= needs_grad(bias_of(biases, i));
   return any;
 }
 
-Shortcut shortcut_for_stack(const Tensor& input, TensorList weights,
-                            const OptionalTensors& biases) {
-  c10::DispatchKeySet keys = input.key_set();
-  for (const Tensor& weight : weights) keys = keys | weight.key_set();
-  for (size_t i = 0; i < biases.size(); ++i) {
-    if (const Tensor bias = bias_of(biases, i); bias.defined()) keys = keys | bias.key_set();
-  }
-  return shortcut(keys,
-                  any_needs_grad(input, weights, biases) || any_tangent(input, weights, biases));
-}
-
-Tensor call_mlp(const Tensor& input, TensorList weights, const OptionalTensors& biases,
-                const Name& output_activation) {
-  const Shortcut to = shortcut_for_stack(input, weights, biases);
-  if (to == Shortcut::kAutograd) return mlp_autograd(input, weights, biases, output_activation);
-  if (to == Shortcut::kCpu) return mlp_cpu(input, weights, biases, output_activation);
+OutputAndHidden call_mlp_forward(const Tensor& input, TensorList weights, OptionalTensors biases,
+                                 const Name& output_activation) {
   static const auto op =
-      find_operator<Tensor(const Tensor&, TensorList, const OptionalTensors&, Name)>(
-          "neuron_ext::mlp");
-  return op.call(input, weights, biases, output_activation);
-}
-
-OutputAndHidden call_mlp_forward(const Tensor& input, TensorList weights,
-                                 const OptionalTensors& biases, const Name& output_activation) {
-  static const auto op =
-      find_operator<OutputAndHidden(const Tensor&, TensorList, const OptionalTensors&, Name)>(
-          "neuron_ext::mlp_forward");
-  return op.call(input, weights, biases, output_activation);
+      find_operator<OutputAndHidden(const Tensor&, TensorList, const c10::List<OptionalTensor>&,
+                                    Name)>("neuron_ext::mlp_forward");
+  return op.call(input, weights, c10::List<OptionalTensor>(biases), output_activation);
 }
 
 std::vector<Tensor> call_mlp_backward(const Backward& call) {
-  c10::DispatchKeySet keys;
-  bool differentiable = false;
-  call.for_each_tensor([&](const Tensor& t) {
-    if (!t.defined()) return;
-    keys = keys | t.key_set();
-    differentiable = differentiable || needs_grad(t) || has_tangent(t);
-  });
-  const Shortcut to = shortcut(keys, differentiable);
-  if (to == Shortcut::kAutograd) return mlp_backward_autograd(call);
+  ShortcutOf shortcut;
+  call.for_each_tensor([&](const Tensor& t) { shortcut.add(t); });
+  const Shortcut to = shortcut.get();
   if (to == Shortcut::kCpu) return mlp_backward_cpu(call);
+  if (to == Shortcut::kNode) return mlp_backward_autograd(call);
   static const auto op = find_operator<std::vector<Tensor>(
-      const Tensor&, const OptionalTensor&, const OptionalTensors&, const OptionalTensors&,
-      const OptionalTensor&, const Tensor&, c10::SymIntArrayRef, const c10::List<bool>&)>(
-      "neuron_ext::mlp_backward");
-  return op.call(call.grad_output, call.input, call.weights, call.places, call.output, call.hidden,
-                 call.hidden_features, call.mask);
+      const Tensor&, const OptionalTensor&, const c10::List<OptionalTensor>&,
+      const c10::List<OptionalTensor>&, const OptionalTensor&, const Tensor&, c10::SymIntArrayRef,
+      const c10::List<bool>&)>("neuron_ext::mlp_backward");
+  c10::List<OptionalTensor> weights, places;
+  c10::List<bool> mask;
+  for (const Tensor& t : call.weights) weights.push_back(optional(t));
+  for (const Tensor& t : call.places) places.push_back(optional(t));
+  for (const bool wanted : call.mask) mask.push_back(wanted);
+  return op.call(call.grad_output, optional(call.input), weights, places, optional(call.output),
+                 call.hidden, call.hidden_features, mask);
 }
-
-/// Puts a known output of a sigmoid layer into the graph as that layer's result, without computing
-/// it. Input, weight and bias are for their place in the graph; the first two have values where
-/// those are taken.
-class KnownOutputFunction : public torch::autograd::Function<KnownOutputFunction> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& output, const OptionalTensor& input,
-                        const OptionalTensor& weight, const OptionalTensor& bias) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor y = output.detach();
-    const Tensor &x = value_or_undefined(input), &w = value_or_undefined(weight);
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["has_input"] = x.defined();
-    ctx->saved_data["has_weight"] = w.defined();
-    ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->save_for_backward({needs_grad(w) ? x : Tensor(), needs_grad(x) ? w : Tensor(), y});
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(4);
-    if (!grads[0].defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
-    size_t edges = 1;
-    const auto wanted = [&](const char* name) {
-      return ctx->saved_data[name].toBool() && ctx->needs_input_grad(edges++);
-    };
-    const bool for_x = wanted("has_input"), for_w = wanted("has_weight"),
-               for_b = wanted("has_bias");
-    std::tie(result[1], result[2], result[3]) = neuron_ext::linear_sigmoid_backward(
-        grads[0], optional(saved[0]), optional(saved[1]), saved[2], {for_x, for_w, for_b});
-    return result;
-  }
-};
 
 /// The values of all layers' inputs.
 std::vector<Tensor> layer_inputs(const Backward& call) {
-  std::vector<Tensor> inputs{value_or_undefined(call.input)};
+  std::vector<Tensor> inputs{call.input};
   c10::SymInt offset = 0;
   for (size_t i = 0; i + 1 < call.depth(); ++i) {
     c10::SymDimVector sizes(call.grad_output.sym_sizes().begin(),
@@ -481,30 +424,16 @@ std::vector<Tensor> layer_inputs(const Backward& call) {
   return inputs;
 }
 
-/// Runs f, which sees no tensor of a functorch transform, as if none were active. A vmap over a
-/// backward pass has such tensors only in the gradients; what was saved is plain, and functorch has
-/// no C++ Functions.
-template <class F>
-auto outside_functorch(const F& f) {
-  const c10::impl::ExcludeDispatchKeyGuard no_functorch(
-      c10::DispatchKeySet({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
-                           c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
-  auto& functorch = at::functorch::functorchTLSAccessor();
-  auto layers = std::exchange(functorch, nullptr);
-  const auto restore = c10::make_scope_exit([&] { functorch = std::move(layers); });
-  return f();
-}
-
 /// Layer `layer`'s output, whose value is known, as a function of input, weight and bias.
 Tensor known_output(const Backward& call, const Tensor& value, const Tensor& input, size_t layer) {
-  const auto or_place = [&](const Tensor& t, size_t i) { return t.defined() ? t : call.place(i); };
+  const auto or_place = [&](const Tensor& t, size_t i) { return t.defined() ? t : call.places[i]; };
   const Tensor x = layer == 0 ? or_place(input, 0) : input;
-  const Tensor w = or_place(call.weight(layer), 1 + layer);
-  const Tensor b = call.place(1 + call.depth() + layer);
-  if (!at::GradMode::is_enabled() || !(needs_grad(x) || needs_grad(w) || needs_grad(b)))
-    return value;
-  return outside_functorch(
-      [&] { return KnownOutputFunction::apply(value, optional(x), optional(w), optional(b)); });
+  const Tensor w = or_place(call.weights[layer], 1 + layer);
+  const Tensor& b = call.places[1 + call.depth() + layer];
+  if (!needs_node(x, w, b)) return value;
+  Tensor output = value.detach();
+  record_sigmoid_layer(output, x, w, b);
+  return output;
 }
 
 /// The gradients in terms of linear.cpp's operations, which can be differentiated further. The
@@ -522,10 +451,10 @@ std::vector<Tensor> mlp_backward_by_layers(const Backward& call) {
     const std::array<bool, 3> wanted{call.wants_before(i), call.wants_weight(i),
                                      call.wants_bias(i)};
     const OptionalTensor x = wanted[1] ? OptionalTensor(inputs[i]) : std::nullopt;
-    const OptionalTensor w = wanted[0] ? OptionalTensor(call.weight(i)) : std::nullopt;
+    const OptionalTensor w = wanted[0] ? OptionalTensor(call.weights[i]) : std::nullopt;
     if (call.activation(i) == Activation::kSigmoid) {
       const Tensor y =
-          i + 1 < depth ? inputs[i + 1] : known_output(call, call.output->detach(), inputs[i], i);
+          i + 1 < depth ? inputs[i + 1] : known_output(call, call.output.detach(), inputs[i], i);
       std::tie(dy, grads[1 + i], grads[1 + depth + i]) =
           neuron_ext::linear_sigmoid_backward(dy, x, w, y, wanted);
     } else {
@@ -537,101 +466,74 @@ std::vector<Tensor> mlp_backward_by_layers(const Backward& call) {
   grads[0] = dy;
   std::vector<Tensor> result;
   for (size_t i = 0; i < grads.size(); ++i) {
-    if (call.mask.get(i)) result.push_back(grads[i]);
+    if (call.mask[i]) result.push_back(grads[i]);
   }
   return result;
 }
 
-/// A tensor that stands where t stands in the graph now, whatever is done to t in place later. It
-/// keeps no data of t.
-Tensor at_place_of(const Tensor& t) {
-  Tensor place = at::empty({0}, t.options());
-  torch::autograd::impl::set_gradient_edge(place, torch::autograd::impl::gradient_edge(t));
-  return place;
-}
+/// The node of a stack. Its inputs are input, weights and biases; it saves input, output, hidden
+/// and weights, those that wanted gradients take; its sizes are hidden_features.
+struct MlpNode {
+  static constexpr const char* kName = "MlpBackward";
 
-std::string place_name(size_t i) { return c10::str("place ", i); }
-
-/// Saves what mlp_backward takes.
-class MlpFunction : public torch::autograd::Function<MlpFunction> {
- public:
-  static constexpr bool is_traceable = true;
-
-  /// `biases`: those that there are; `all_biases`: with nullopt for those that there aren't.
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, TensorList weights,
-                        [[maybe_unused]] TensorList biases, const OptionalTensors& all_biases,
-                        const Name& output_activation) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const size_t depth = weights.size();
-    auto [output, hidden] = call_mlp_forward(input, weights, all_biases, output_activation);
-
-    variable_list saved{needs_grad(weights[0]) ? input : Tensor(),
-                        output_activation.has_value() ? output : Tensor(), hidden};
-    // One entry each: compiled autograd doesn't look for tensors inside of lists.
-    auto keep_place = [&, i = size_t{0}](const Tensor& t, bool is_saved) mutable {
-      const size_t place = i++;
-      if (needs_grad(t) && !is_saved) ctx->saved_data[place_name(place)] = at_place_of(t);
-    };
-    keep_place(input, saved[0].defined());
-    std::vector<c10::SymInt> features;
-    std::vector<bool> has_bias;
-    bool before = needs_grad(input);
-    for (size_t i = 0; i < depth; ++i) {
-      saved.push_back(before ? weights[i] : Tensor());
-      keep_place(weights[i], before);
-      const Tensor bias = bias_of(all_biases, i);
-      has_bias.push_back(bias.defined());
-      before = before || needs_grad(weights[i]) || needs_grad(bias);
-      if (i + 1 < depth) features.push_back(weights[i].sym_size(0));
-    }
-    for (size_t i = 0; i < depth; ++i) keep_place(bias_of(all_biases, i), false);
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["has_bias"] = has_bias;
-    ctx->saved_data["hidden_features"] = features;
-    ctx->save_for_backward(std::move(saved));
-    return output;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const std::vector<bool> has_bias = ctx->saved_data["has_bias"].to<std::vector<bool>>();
-    const size_t depth = has_bias.size();
-    const size_t edges = 1 + depth + std::count(has_bias.begin(), has_bias.end(), true);
-    variable_list result(edges + 2);
-    if (!grads[0].defined()) return result;
-
-    // torch numbers only the biases that there are.
-    c10::List<bool> mask;
-    std::vector<size_t> edge;
-    for (size_t i = 0, next = 0; i < 1 + 2 * depth; ++i) {
-      const bool is_there = i <= depth || has_bias[i - depth - 1];
-      edge.push_back(next);
-      mask.push_back(is_there && ctx->needs_input_grad(next));
-      next += is_there;
-    }
-    // Places matter only to gradients that are differentiated again.
-    OptionalTensors places;
-    for (size_t i = 0; i < mask.size(); ++i) {
-      const auto kept = ctx->saved_data.find(place_name(i));
-      places.push_back(at::GradMode::is_enabled() && kept != ctx->saved_data.end()
-                           ? OptionalTensor(kept->second.toTensor())
-                           : std::nullopt);
-    }
-    const variable_list saved = ctx->get_saved_variables();
-    OptionalTensors weights;
-    for (size_t i = 0; i < depth; ++i) weights.push_back(optional(saved[3 + i]));
-    const auto features = ctx->saved_data["hidden_features"].to<std::vector<c10::SymInt>>();
-    const std::vector<Tensor> wanted =
-        call_mlp_backward({grads[0], optional(saved[0]), weights, places, optional(saved[1]),
-                           saved[2], features, mask});
-    for (size_t i = 0, next = 0; i < mask.size(); ++i) {
-      if (mask.get(i)) result[edge[i]] = wanted[next++];
+  static variable_list gradients(const BackwardPass& pass) {
+    variable_list result(pass.wanted.size());
+    if (!pass.grads[0].defined()) return result;
+    const TensorList saved = pass.saved;
+    const Tensor &input = saved[0], &output = saved[1], &hidden = saved[2];
+    const std::vector<Tensor> places = places_of(pass, hidden.options());
+    std::vector<Tensor> wanted = call_mlp_backward(
+        {pass.grads[0], input, saved.slice(3), places, output, hidden, pass.sizes, pass.wanted});
+    for (size_t i = 0, next = 0; i < result.size(); ++i) {
+      if (pass.wanted[i]) result[i] = std::move(wanted[next++]);
     }
     return result;
   }
+
+ private:
+  /// Tensors without values that stand where the inputs stood in the graph, whatever was done to
+  /// those in place since. They matter only to gradients that are differentiated again.
+  static std::vector<Tensor> places_of(const BackwardPass& pass, const at::TensorOptions& options) {
+    std::vector<Tensor> places(pass.wanted.size());
+    if (!at::GradMode::is_enabled()) return places;
+    for (size_t i = 0; i < pass.inputs.size(); ++i) {
+      if (!pass.inputs[i].is_valid()) continue;
+      places[i] = at::empty({0}, options);
+      torch::autograd::impl::set_gradient_edge(places[i], pass.inputs[i]);
+    }
+    return places;
+  }
 };
 
-Tensor mlp_autograd(const Tensor& input, TensorList weights, const OptionalTensors& biases,
-                    Name output_activation) {
+/// The stack and its node; `below` is mlp_forward below autograd.
+template <class Below>
+Tensor mlp_with_node(const Tensor& input, TensorList weights, OptionalTensors biases,
+                     const Name& output_activation, const Below& below) {
+  check_stack(weights, biases.size(), output_activation);
+  check_layers(input, weights, biases);
+  const auto [output, hidden] = below(input, weights, biases, output_activation);
+  const auto node = make_node<MlpNode>(1 + 2 * weights.size());
+  node->add_input(input);
+  for (const Tensor& weight : weights) node->add_input(weight);
+  for (size_t i = 0; i < biases.size(); ++i) {
+    node->add_input(as_vector(bias_of(biases, i), weights[i]));
+  }
+  for (size_t i = 0; i + 1 < weights.size(); ++i) node->sizes.push_back(weights[i].sym_size(0));
+  node->set_results(output);
+  node->save(needs_grad(weights[0]) ? input : Tensor());
+  node->save_result(output_activation.has_value() ? output : Tensor());
+  node->save(hidden);
+  bool before = needs_grad(input);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    node->save(before ? weights[i] : Tensor());
+    before = before || needs_grad(weights[i]) || needs_grad(bias_of(biases, i));
+  }
+  node->finish();
+  return output;
+}
+
+Tensor mlp_autograd(const Tensor& input, TensorList weights, OptionalTensors biases,
+                    const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (transform_is_active() || any_tangent(input, weights, biases) ||
       !kernels_take_stack(input, weights, biases)) {
@@ -641,22 +543,35 @@ Tensor mlp_autograd(const Tensor& input, TensorList weights, const OptionalTenso
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_mlp(input, weights, biases, output_activation);
   }
-  check_layers(input, weights, biases);
-  std::vector<Tensor> present;
-  OptionalTensors vectors;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor bias = bias_of(biases, i);
-    vectors.push_back(bias.defined() ? OptionalTensor(as_vector(bias, weights[i].sym_size(0)))
-                                     : std::nullopt);
-    if (bias.defined()) present.push_back(bias_of(vectors, i));
-  }
-  return MlpFunction::apply(input, weights, TensorList(present), vectors, output_activation);
+  return mlp_with_node(input, weights, biases, output_activation, [](const auto&... stack) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return call_mlp_forward(stack...);
+  });
 }
 
-/// mlp_forward is what MlpFunction calls below autograd. Called by itself, it is differentiated as
-/// what it is made of.
+Tensor call_mlp(const Tensor& input, TensorList weights, OptionalTensors biases,
+                const Name& output_activation) {
+  ShortcutOf call;
+  call.add(input);
+  for (const Tensor& weight : weights) call.add(weight);
+  for (const OptionalTensor& bias : biases) call.add(value_or_undefined(bias));
+  const Shortcut to = call.get();
+  if (to == Shortcut::kCpu) return mlp_cpu(input, weights, biases, output_activation);
+  if (to == Shortcut::kNode) {
+    return kernels_take_stack(input, weights, biases)
+               ? mlp_with_node(input, weights, biases, output_activation, compute_stack)
+               : mlp_by_layers(input, weights, biases, output_activation);
+  }
+  static const auto op =
+      find_operator<Tensor(const Tensor&, TensorList, const c10::List<OptionalTensor>&, Name)>(
+          "neuron_ext::mlp");
+  return op.call(input, weights, c10::List<OptionalTensor>(biases), output_activation);
+}
+
+/// mlp_forward is what mlp_with_node calls below autograd. Called by itself, it is differentiated
+/// as what it is made of.
 OutputAndHidden mlp_forward_autograd(const Tensor& input, TensorList weights,
-                                     const OptionalTensors& biases, Name output_activation) {
+                                     OptionalTensors biases, const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (transform_is_active() || any_tangent(input, weights, biases) ||
       (at::GradMode::is_enabled() && any_needs_grad(input, weights, biases))) {
@@ -683,38 +598,41 @@ std::vector<Tensor> mlp_backward_autograd(const Backward& call) {
 // ---- autocast -----------------------------------------------------------------------------------
 
 template <at::DeviceType device>
-Tensor mlp_autocast(const Tensor& input, TensorList weights, const OptionalTensors& biases,
-                    Name output_activation) {
+Tensor mlp_autocast(const Tensor& input, TensorList weights, OptionalTensors biases,
+                    const Name& output_activation) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto dtype = at::autocast::get_autocast_dtype(device);
-  OptionalTensors cast_biases;
-  for (size_t i = 0; i < biases.size(); ++i) {
-    cast_biases.push_back(at::autocast::cached_cast(dtype, OptionalTensor(biases.get(i)), device));
+  std::vector<OptionalTensor> cast_biases;
+  for (const OptionalTensor& bias : biases) {
+    cast_biases.push_back(at::autocast::cached_cast(dtype, bias, device));
   }
   return call_mlp(at::autocast::cached_cast(dtype, input, device),
                   at::autocast::cached_cast(dtype, weights, device), cast_biases,
                   output_activation);
 }
 
-/// As the schemas have them, by value.
-Tensor mlp_composite(const Tensor& input, TensorList weights, const OptionalTensors& biases,
-                     Name output_activation) {
-  return mlp_by_layers(input, weights, biases, output_activation);
-}
-
-OutputAndHidden mlp_forward_composite(const Tensor& input, TensorList weights,
-                                      const OptionalTensors& biases, Name output_activation) {
-  return mlp_forward_by_layers(input, weights, biases, output_activation);
+/// The operations as their schemas have them, with boxed lists and optional tensors.
+template <class Result, Result (*stage)(const Tensor&, TensorList, OptionalTensors, const Name&)>
+Result mlp_stage(const Tensor& input, TensorList weights, const c10::List<OptionalTensor>& biases,
+                 Name output_activation) {
+  return stage(input, weights, biases.vec(), output_activation);
 }
 
 template <std::vector<Tensor> (*stage)(const Backward&)>
 std::vector<Tensor> mlp_backward_stage(const Tensor& grad_output, const OptionalTensor& input,
-                                       const OptionalTensors& weights,
-                                       const OptionalTensors& places, const OptionalTensor& output,
-                                       const Tensor& hidden, c10::SymIntArrayRef hidden_features,
+                                       const c10::List<OptionalTensor>& weights,
+                                       const c10::List<OptionalTensor>& places,
+                                       const OptionalTensor& output, const Tensor& hidden,
+                                       c10::SymIntArrayRef hidden_features,
                                        const c10::List<bool>& mask) {
-  return stage({grad_output, input, weights, places, output, hidden, hidden_features, mask});
+  const auto unboxed = [](const c10::List<OptionalTensor>& list) {
+    std::vector<Tensor> tensors;
+    for (const OptionalTensor& t : list.vec()) tensors.push_back(value_or_undefined(t));
+    return tensors;
+  };
+  return stage({grad_output, value_or_undefined(input), unboxed(weights), unboxed(places),
+                value_or_undefined(output), hidden, hidden_features, mask.vec()});
 }
 
 template <class Function>
@@ -751,25 +669,26 @@ void register_mlp(torch::Library& library) {
       "mlp_backward(Tensor grad_output, Tensor? input, Tensor?[] weights, Tensor?[] places, "
       "Tensor? output, Tensor hidden, SymInt[] hidden_features, bool[] output_mask) -> Tensor[]",
       tags);
-  impl(library, "mlp", &mlp_composite, &mlp_cpu, &mlp_meta, &mlp_autograd);
-  impl(library, "mlp_forward", &mlp_forward_composite, &mlp_forward_cpu, &mlp_forward_meta,
-       &mlp_forward_autograd);
+  impl(library, "mlp", &mlp_stage<Tensor, mlp_by_layers>, &mlp_stage<Tensor, mlp_cpu>,
+       &mlp_stage<Tensor, mlp_meta>, &mlp_stage<Tensor, mlp_autograd>);
+  impl(library, "mlp_forward", &mlp_stage<OutputAndHidden, mlp_forward_by_layers>,
+       &mlp_stage<OutputAndHidden, mlp_forward_cpu>, &mlp_stage<OutputAndHidden, mlp_forward_meta>,
+       &mlp_stage<OutputAndHidden, mlp_forward_autograd>);
   impl(library, "mlp_backward", &mlp_backward_stage<mlp_backward_by_layers>,
        &mlp_backward_stage<mlp_backward_cpu>, &mlp_backward_stage<mlp_backward_meta>,
        &mlp_backward_stage<mlp_backward_autograd>);
-  library.impl("mlp", torch::dispatch(DispatchKey::AutocastCPU, mlp_autocast<at::kCPU>));
-  library.impl("mlp", torch::dispatch(DispatchKey::AutocastCUDA, mlp_autocast<at::kCUDA>));
+  library.impl(
+      "mlp", torch::dispatch(DispatchKey::AutocastCPU, mlp_stage<Tensor, mlp_autocast<at::kCPU>>));
+  library.impl("mlp", torch::dispatch(DispatchKey::AutocastCUDA,
+                                      mlp_stage<Tensor, mlp_autocast<at::kCUDA>>));
 }
 
 Tensor mlp(const Tensor& input, TensorList weights,
            const std::vector<std::optional<Tensor>>& biases,
            std::optional<std::string_view> output_activation) {
-  OptionalTensors list;
-  if (biases.empty()) {
-    for (size_t i = 0; i < weights.size(); ++i) list.push_back(std::nullopt);
-  }
-  for (const auto& bias : biases) list.push_back(bias);
-  return call_mlp(input, weights, list, output_activation);
+  if (!biases.empty()) return call_mlp(input, weights, biases, output_activation);
+  const std::vector<OptionalTensor> none(weights.size());
+  return call_mlp(input, weights, none, output_activation);
 }
 
 }  // namespace neuron_ext

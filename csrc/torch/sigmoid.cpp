@@ -7,19 +7,18 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sigmoid_backward.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <array>
 #include <numeric>
 
 #include "glue.h"
 #include "neuron_ext/cpu.h"
+#include "node.h"
 #include "ops.h"
 
 namespace neuron_ext {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 namespace {
@@ -158,55 +157,48 @@ Tensor sigmoid_backward_meta(const Tensor& grad_output, const Tensor& output) {
   return empty_elementwise(output);
 }
 
-/// dx = dy y (1 - y), and the node of its gradients: for dy: u y (1 - y), for y: u dy (1 - 2y).
-class SigmoidBackwardFunction : public torch::autograd::Function<SigmoidBackwardFunction> {
- public:
-  static constexpr bool is_traceable = true;
+/// dx = dy y (1 - y): the node of a sigmoid, which saves y.
+struct SigmoidNode {
+  static constexpr const char* kName = "SigmoidBackward";
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& output) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({grad_output, output});
-    return neuron_ext::sigmoid_backward(grad_output, output);
+  static variable_list gradients(const BackwardPass& pass) {
+    const Tensor& dy = pass.grads[0];
+    return {dy.defined() ? neuron_ext::sigmoid_backward(dy, pass.saved[0]) : Tensor()};
   }
+};
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Tensor& u = grads[0];
+/// The node of that gradient: for dy: u y (1 - y), for y: u dy (1 - 2y).
+struct SigmoidBackwardNode {
+  static constexpr const char* kName = "SigmoidBackwardBackward";
+
+  static variable_list gradients(const BackwardPass& pass) {
+    const Tensor &u = pass.grads[0], &dy = pass.saved[0], &y = pass.saved[1];
     variable_list result(2);
     if (!u.defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &dy = saved[0], &y = saved[1];
-    if (ctx->needs_input_grad(0)) result[0] = neuron_ext::sigmoid_backward(u, y);
-    if (ctx->needs_input_grad(1)) result[1] = u * dy * (1 - 2 * y);
+    if (pass.wanted[0]) result[0] = neuron_ext::sigmoid_backward(u, y);
+    if (pass.wanted[1]) result[1] = u * dy * (1 - 2 * y);
     return result;
   }
 };
 
-/// Saves y.
-class SigmoidFunction : public torch::autograd::Function<SigmoidFunction> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& input) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor output = neuron_ext::sigmoid(input);
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({output});
-    return output;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return {Tensor()};
-    return {neuron_ext::sigmoid_backward(grads[0], ctx->get_saved_variables()[0])};
-  }
-};
+/// `output`, a new tensor, with its node.
+Tensor with_node(Tensor output, const Tensor& input) {
+  const auto node = make_node<SigmoidNode>(1);
+  node->add_input(input);
+  node->set_results(output);
+  node->save_result(output);
+  node->finish();
+  return output;
+}
 
 Tensor sigmoid_autograd(const Tensor& input) {
   if (transform_is_active() || has_tangent(input) || !is_kernel_tensor(input))
     return sigmoid_aten(input);
-  if (at::GradMode::is_enabled() && needs_grad(input)) return SigmoidFunction::apply(input);
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return neuron_ext::sigmoid(input);
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return neuron_ext::sigmoid(input);
+  };
+  return needs_node(input) ? with_node(below(), input) : below();
 }
 
 Tensor sigmoid_backward_autograd(const Tensor& grad_output, const Tensor& output) {
@@ -214,11 +206,20 @@ Tensor sigmoid_backward_autograd(const Tensor& grad_output, const Tensor& output
       !kernels_take(grad_output, output)) {
     return sigmoid_backward_aten(grad_output, output);
   }
-  if (at::GradMode::is_enabled() && (needs_grad(grad_output) || needs_grad(output))) {
-    return SigmoidBackwardFunction::apply(grad_output, output);
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return neuron_ext::sigmoid_backward(grad_output, output);
+  };
+  if (!needs_node(grad_output, output)) return below();
+  const auto node = make_node<SigmoidBackwardNode>(2);
+  for (const Tensor* t : {&grad_output, &output}) {
+    node->add_input(*t);
+    node->save(*t);
   }
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return neuron_ext::sigmoid_backward(grad_output, output);
+  const Tensor grad_input = below();
+  node->set_results(grad_input);
+  node->finish();
+  return grad_input;
 }
 
 }  // namespace
@@ -247,16 +248,18 @@ void register_sigmoid(torch::Library& library) {
 
 Tensor sigmoid(const Tensor& input) {
   const Shortcut to = shortcut_for(input);
-  if (to == Shortcut::kAutograd) return sigmoid_autograd(input);
   if (to == Shortcut::kCpu) return sigmoid_cpu(input);
+  if (to == Shortcut::kNode) {
+    return is_kernel_tensor(input) ? with_node(sigmoid_cpu(input), input) : sigmoid_aten(input);
+  }
   static const auto op = find_operator<Tensor(const Tensor&)>("neuron_ext::sigmoid");
   return op.call(input);
 }
 
 Tensor sigmoid_backward(const Tensor& grad_output, const Tensor& output) {
   const Shortcut to = shortcut_for(grad_output, output);
-  if (to == Shortcut::kAutograd) return sigmoid_backward_autograd(grad_output, output);
   if (to == Shortcut::kCpu) return sigmoid_backward_cpu(grad_output, output);
+  if (to == Shortcut::kNode) return sigmoid_backward_autograd(grad_output, output);
   static const auto op =
       find_operator<Tensor(const Tensor&, const Tensor&)>("neuron_ext::sigmoid_backward");
   return op.call(grad_output, output);

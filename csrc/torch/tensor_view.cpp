@@ -1,6 +1,7 @@
 #include "tensor_view.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/SymBool.h>
 
@@ -92,7 +93,9 @@ bool is_row_bias(const at::Tensor& bias, const at::Tensor& input) {
   return bias.dim() <= 1 || (bias.dim() == 2 && input.dim() >= 2 && bias.sym_size(0) == 1);
 }
 
-at::Tensor as_vector(const at::Tensor& bias, const c10::SymInt& out_features) {
+at::Tensor as_vector(const at::Tensor& bias, const at::Tensor& weight) {
+  if (!bias.defined()) return bias;
+  const auto out_features = weight.sym_size(0);
   if (bias.dim() == 1 && bias.sym_size(0) == out_features) return bias;
   return (bias.dim() == 2 ? bias.squeeze(0) : bias).expand_symint({out_features});
 }
@@ -109,6 +112,7 @@ RowsView as_rows(const at::Tensor& t) {
       view.row_stride = strides[i];
     } else if (strides[i] != view.row_stride * view.rows && t.numel() > 0) {
       // Three strides or more: a batch that was transposed or sliced twice.
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
       return as_rows(t.contiguous());
     }
     view.rows *= sizes[i];

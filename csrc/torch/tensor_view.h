@@ -64,6 +64,12 @@ inline bool has_tangent(const at::Tensor& t) {
 
 inline bool needs_grad(const at::Tensor& t) { return t.defined() && t.requires_grad(); }
 
+/// Whether an operation on these goes into the graph.
+template <class... Tensors>
+bool needs_node(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (needs_grad(tensors) || ...);
+}
+
 // ---- checks -------------------------------------------------------------------------------------
 
 /// "(2, 3)", symbolic sizes included.
@@ -91,8 +97,8 @@ void check_rows(const std::string& where, const char* name, const at::Tensor& t,
 /// a bias with a value for each element of a 2-D output.
 bool is_row_bias(const at::Tensor& bias, const at::Tensor& input);
 
-/// A row bias as a vector (out_features,), a differentiable view.
-at::Tensor as_vector(const at::Tensor& bias, const c10::SymInt& out_features);
+/// A row bias as a vector (out_features,), a differentiable view; undefined for none.
+at::Tensor as_vector(const at::Tensor& bias, const at::Tensor& weight);
 
 // ---- views --------------------------------------------------------------------------------------
 
