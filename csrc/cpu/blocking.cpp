@@ -19,23 +19,10 @@ constexpr std::int64_t kPartialBytes = 4 << 20;
 // few tiles to go round, and whose tiles are too small to pay for packing.
 constexpr std::int64_t kLongestChunks = 32, kShortestChunk = 4096;
 
-// The few operand's copy of a narrow product.
-constexpr std::int64_t kLongestRows = std::int64_t{1} << 18;
-
 // Work, in multiply-adds, that pays for handing it to another thread.
 constexpr double kWorkPerThread = 1 << 18;
 // Packing an element costs about as much as this many multiply-adds.
 constexpr std::int64_t kPackCost = 16;
-
-/// Whether so few rows are better used from memory than packed against. Measured on Zen 4: dot
-/// products of long, contiguous operands reach the peak without packing (of bf16 half of it, as
-/// their loads take as long as the arithmetic), those of short ones spend their time adding up
-/// lanes.
-bool is_few(std::int64_t rows, std::int64_t k, bool k_is_contiguous, DType dtype) {
-  const std::int64_t few_long = dtype == DType::kBFloat16 ? 16 : 32;
-  const std::int64_t few = k >= 256 && k_is_contiguous ? few_long : k >= 32 ? 8 : 4;
-  return rows <= few && rows * k <= kLongestRows;
-}
 
 std::int64_t number_of_blocks(const GemmKernel& kernel, std::int64_t k) {
   return std::max<std::int64_t>(1, divide_up(k, kernel.kc));
@@ -52,20 +39,6 @@ std::int64_t threads_for(std::int64_t m, std::int64_t n, std::int64_t k, int max
   return static_cast<std::int64_t>(
       std::clamp(work / kWorkPerThread, 1.0, static_cast<double>(std::max(1, max_threads))));
 }
-
-bool has_few_columns(const GemmDesc& desc) {
-  // Only where A's rows are contiguous, and without what is done to A as it's packed.
-  return desc.n < desc.deciding_m() && desc.a_stride_k == 1 &&
-         is_few(desc.n, desc.k, true, desc.dtype) && desc.prologue == Activation::kIdentity &&
-         !desc.has_a_sum;
-}
-
-bool is_narrow(const GemmDesc& desc) {
-  return is_few(desc.deciding_m(), desc.k, desc.b_stride_k == 1, desc.dtype) ||
-         has_few_columns(desc);
-}
-
-bool is_any(const GemmDesc&) { return true; }
 
 std::int64_t block_of_k(const GemmKernel& kernel, std::int64_t k) {
   return round_up(divide_up(k, number_of_blocks(kernel, k)), kernel.kr);

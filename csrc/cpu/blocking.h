@@ -29,9 +29,6 @@ std::int64_t block_of_k(const GemmKernel& kernel, std::int64_t k);
 
 Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc, int max_threads);
 
-/// Whether a narrow product is one of few columns, so that A and B change places.
-bool has_few_columns(const GemmDesc& desc);
-
 /// How many threads a product is worth.
 std::int64_t threads_for(std::int64_t m, std::int64_t n, std::int64_t k, int max_threads);
 

@@ -57,6 +57,8 @@ struct VectorF64 {
 
 constexpr Isa kIsa = Isa::kAvx2;
 constexpr GemmKernel kGemm[] = {
+    strips_kernel<VectorF32>("gemm_strips_f32_avx2", kIsa),
+    strips_kernel<VectorF64>("gemm_strips_f64_avx2", kIsa),
     narrow_kernel<VectorF32>("gemm_narrow_f32_avx2", kIsa),
     narrow_kernel<VectorF64>("gemm_narrow_f64_avx2", kIsa),
     blocked_kernel<VectorF32, 6>("gemm_f32_6x16_avx2", kIsa),

@@ -39,6 +39,8 @@ namespace {
 
 constexpr Isa kIsa = Isa::kAvx512;
 constexpr GemmKernel kGemm[] = {
+    strips_kernel<VectorF32>("gemm_strips_f32_avx512", kIsa),
+    strips_kernel<VectorF64>("gemm_strips_f64_avx512", kIsa),
     narrow_kernel<VectorF32>("gemm_narrow_f32_avx512", kIsa),
     narrow_kernel<VectorF64>("gemm_narrow_f64_avx512", kIsa),
     blocked_kernel<VectorF32, 14>("gemm_f32_14x32_avx512", kIsa),

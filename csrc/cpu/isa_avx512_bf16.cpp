@@ -38,7 +38,18 @@
 namespace neuron_ext::cpu {
 namespace {
 
-struct VectorPairs : VectorF32 {
+/// Rounds to bf16 by an instruction, which takes subnormal numbers for zeros.
+struct VectorToBf16 : VectorF32 {
+  static Halves<VectorF32> to_bf16(Reg x) {
+    constexpr int kSubnormalClass = 0x20;
+    if (_mm512_fpclass_ps_mask(x, kSubnormalClass) != 0) [[unlikely]] {
+      return nearest_bf16<VectorF32>(x);
+    }
+    return reinterpret_cast<Halves<VectorF32>>(_mm512_cvtneps_pbh(x));
+  }
+};
+
+struct VectorPairs : VectorToBf16 {
   using Careful = CarefulPairs<VectorPairs>;
   static constexpr int kTerms = 2;
   static constexpr std::int64_t kLongestSum = 256;  // of bf16, whose last store loses far more
@@ -85,8 +96,15 @@ struct VectorPairs : VectorF32 {
 constexpr Isa kIsa = Isa::kAvx512Bf16;
 constexpr int kMr = 14, kNr = 2 * VectorPairs::kLanes;
 
+/// The row with bf16 alone, whose functions are `functions`.
+consteval GemmKernel for_bf16(GemmKernel kernel, const GemmFunctions& functions) {
+  kernel.functions = {};
+  kernel.functions[static_cast<int>(DType::kBFloat16)] = functions;
+  return kernel;
+}
+
 consteval GemmKernel pairs_kernel() {
-  GemmKernel kernel = blocked_kernel<VectorF32, kMr>("gemm_bf16_14x32_avx512_bf16", kIsa);
+  GemmKernel kernel = blocked_kernel<VectorToBf16, kMr>("gemm_bf16_14x32_avx512_bf16", kIsa);
   kernel.kr = 2;
   kernel.kc = 2 * kLongestBlock;
   kernel.microkernel = Microkernels<VectorPairs, kMr, kNr>::run;
@@ -96,24 +114,41 @@ consteval GemmKernel pairs_kernel() {
   GemmFunctions functions = kernel.of(DType::kBFloat16);
   functions.pack_a = pack_pairs<VectorPairs, kMr>;
   functions.pack_b = pack_pairs<VectorPairs, kNr>;
-  kernel.functions = {};
-  kernel.functions[static_cast<int>(DType::kBFloat16)] = functions;
-  return kernel;
+  return for_bf16(kernel, functions);
 }
 
 consteval GemmKernel narrow_pairs_kernel() {
-  GemmKernel kernel = narrow_kernel<VectorF32>("gemm_narrow_bf16_avx512_bf16", kIsa);
+  GemmKernel kernel = narrow_kernel<VectorToBf16>("gemm_narrow_bf16_avx512_bf16", kIsa);
   kernel.kr = 2;
   kernel.sum_row = sum_row<VectorPairs>;
   GemmFunctions functions = kernel.of(DType::kBFloat16);
   functions.widen_row = pair_row<VectorPairs>;
   functions.multiply_narrow = multiply_narrow<VectorPairs, BFloat16>;
-  kernel.functions = {};
-  kernel.functions[static_cast<int>(DType::kBFloat16)] = functions;
-  return kernel;
+  return for_bf16(kernel, functions);
 }
 
-constexpr GemmKernel kGemm[] = {narrow_pairs_kernel(), pairs_kernel()};
+consteval GemmKernel strips_pairs_kernel() {
+  GemmKernel kernel = strips_kernel<VectorToBf16>("gemm_strips_bf16_avx512_bf16", kIsa);
+  kernel.accepts = is_long_and_wide;
+  kernel.kr = 2;
+  kernel.multiply_strip = multiply_strip<VectorPairs>;
+  kernel.careful_multiply_strip = multiply_strip<VectorPairs::Careful>;
+  kernel.lowest_exponents = VectorPairs::kLowestExponents;
+  kernel.sum_strip = sum_strip<VectorPairs>;
+  GemmFunctions functions = kernel.of(DType::kBFloat16);
+  functions.stage_rows = stage_rows<VectorPairs, BFloat16>;
+  functions.stage_columns = stage_columns<VectorPairs, BFloat16>;
+  return for_bf16(kernel, functions);
+}
+
+/// Whose sums are of f32 products.
+consteval GemmKernel strips_f32_kernel() {
+  const GemmKernel kernel = strips_kernel<VectorToBf16>("gemm_strips_f32_avx512_bf16", kIsa);
+  return for_bf16(kernel, kernel.of(DType::kBFloat16));
+}
+
+constexpr GemmKernel kGemm[] = {strips_pairs_kernel(), strips_f32_kernel(), narrow_pairs_kernel(),
+                                pairs_kernel()};
 
 }  // namespace
 

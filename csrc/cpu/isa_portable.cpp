@@ -58,6 +58,8 @@ using VectorF64 = Vector<double>;
 
 constexpr Isa kIsa = Isa::kPortable;
 constexpr GemmKernel kGemm[] = {
+    strips_kernel<VectorF32>("gemm_strips_f32_portable", kIsa),
+    strips_kernel<VectorF64>("gemm_strips_f64_portable", kIsa),
     narrow_kernel<VectorF32>("gemm_narrow_f32_portable", kIsa),
     narrow_kernel<VectorF64>("gemm_narrow_f64_portable", kIsa),
     blocked_kernel<VectorF32, 4>("gemm_f32_4x8_portable", kIsa),

@@ -10,6 +10,7 @@
 #include "microkernel-inl.h"
 #include "epilogue-inl.h"
 #include "narrow-inl.h"
+#include "strips-inl.h"
 // clang-format on
 
 namespace neuron_ext::cpu {
@@ -25,6 +26,8 @@ consteval GemmFunctions blocked_functions() {
           .pack_b = pack_panel<V, T, kNr>,
           .widen_row = nullptr,
           .multiply_narrow = nullptr,
+          .stage_rows = nullptr,
+          .stage_columns = nullptr,
           .widen_bias = widen_bias<V, T>,
           .epilogue = epilogue<V, T>,
           .narrow_row = narrow_row<V, T>};
@@ -36,6 +39,21 @@ consteval GemmFunctions narrow_functions() {
           .pack_b = nullptr,
           .widen_row = widen_row<V, T>,
           .multiply_narrow = multiply_narrow<V, T>,
+          .stage_rows = nullptr,
+          .stage_columns = nullptr,
+          .widen_bias = widen_bias<V, T>,
+          .epilogue = epilogue<V, T>,
+          .narrow_row = narrow_row<V, T>};
+}
+
+template <class V, class T>
+consteval GemmFunctions strip_functions() {
+  return {.pack_a = nullptr,
+          .pack_b = nullptr,
+          .widen_row = nullptr,
+          .multiply_narrow = nullptr,
+          .stage_rows = stage_rows<V, T>,
+          .stage_columns = stage_columns<V, T>,
           .widen_bias = widen_bias<V, T>,
           .epilogue = epilogue<V, T>,
           .narrow_row = narrow_row<V, T>};
@@ -72,6 +90,9 @@ consteval GemmKernel blocked_kernel(const char* name, Isa isa) {
           .lowest_exponents = 0,
           .sum_panel = sum_panel<V, kMr>,
           .sum_row = nullptr,
+          .multiply_strip = nullptr,
+          .careful_multiply_strip = nullptr,
+          .sum_strip = nullptr,
           .functions = by_dtype<V>([]<class T> { return blocked_functions<V, T, kMr, kNr>(); })};
 }
 
@@ -91,7 +112,32 @@ consteval GemmKernel narrow_kernel(const char* name, Isa isa) {
           .lowest_exponents = 0,
           .sum_panel = nullptr,
           .sum_row = sum_row<V>,
+          .multiply_strip = nullptr,
+          .careful_multiply_strip = nullptr,
+          .sum_strip = nullptr,
           .functions = by_dtype<V>([]<class T> { return narrow_functions<V, T>(); })};
+}
+
+template <class V>
+consteval GemmKernel strips_kernel(const char* name, Isa isa) {
+  return {.name = name,
+          .isa = isa,
+          .accepts = is_long,
+          .run = run_strips,
+          .lanes = V::kLanes,
+          .mr = 0,
+          .nr = 0,
+          .kr = 1,
+          .kc = 0,
+          .microkernel = nullptr,
+          .careful_microkernel = nullptr,
+          .lowest_exponents = 0,
+          .sum_panel = nullptr,
+          .sum_row = nullptr,
+          .multiply_strip = multiply_strip<V>,
+          .careful_multiply_strip = nullptr,
+          .sum_strip = sum_strip<V>,
+          .functions = by_dtype<V>([]<class T> { return strip_functions<V, T>(); })};
 }
 
 template <class F32, class F64>

@@ -4,6 +4,7 @@
 
 #include "blocking.h"
 #include "driver.h"
+#include "forms.h"
 #include "log.h"
 
 namespace neuron_ext::cpu {
@@ -15,7 +16,7 @@ template <class S>
 void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                      const ParallelFor& parallel_for) {
   const GemmFunctions& functions = kernel.of(desc.dtype);
-  const bool exchanged = has_few_columns(desc);
+  const bool exchanged = form_of(desc) == Form::kFewColumns;
   const Operand a = operand_a(desc, at), b = operand_b(desc, at);
   const Operand &few = exchanged ? b : a, &many = exchanged ? a : b;
   const std::int64_t few_count = exchanged ? desc.n : desc.m;

@@ -7,14 +7,6 @@
 namespace neuron_ext::cpu {
 namespace {
 
-/// The bf16 nearest to x, in the lower half.
-template <class V>
-Words<V> nearest_bf16(Reg<V> x) {
-  const auto bits = reinterpret_cast<Words<V>>(x);
-  const Words<V> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return x == x ? rounded : bits >> 16 | 0x40;
-}
-
 /// A dot product of two pairs without the instruction, which takes subnormal numbers for zeros and
 /// makes zeros of them; where there are none, the results are the same.
 template <class V>
@@ -97,8 +89,9 @@ class NotedPairs {
   static constexpr bool kIsPlain = std::is_same_v<F, Identity>;
 
   static Words<V> gradient(Words<V> dy, Words<V> y) {
-    return nearest_bf16<V>(F::template gradient<V>(lower<V>(dy), lower<V>(y))) |
-           nearest_bf16<V>(F::template gradient<V>(upper<V>(dy), upper<V>(y))) << 16;
+    const Halves<V> low = to_bf16<V>(F::template gradient<V>(lower<V>(dy), lower<V>(y)));
+    const Halves<V> high = to_bf16<V>(F::template gradient<V>(upper<V>(dy), upper<V>(y)));
+    return __builtin_convertvector(low, Words<V>) | __builtin_convertvector(high, Words<V>) << 16;
   }
   Reg<V> note(Words<V> pairs) const {
     lowest_ = V::lower_magnitudes(lowest_, pairs);

@@ -33,6 +33,11 @@ struct GemmFunctions {
   void (*multiply_narrow)(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
                           int lowest_in_rows, const Operand& b, std::int64_t column,
                           std::int64_t columns, void* tile, std::int64_t tile_stride);
+  // strips-inl.h
+  int (*stage_rows)(const Operand& operand, std::int64_t mn, std::int64_t rows, std::int64_t k,
+                    void* strip);
+  int (*stage_columns)(const Operand& operand, std::int64_t mn, std::int64_t rows, std::int64_t k,
+                       std::int64_t kc, void* strip);
   // epilogue-inl.h
   void (*widen_bias)(const void* bias, std::int64_t stride, std::int64_t n, void* row);
   void (*epilogue)(Activation activation, std::int64_t rows, std::int64_t columns, const void* tile,
@@ -43,6 +48,12 @@ struct GemmFunctions {
 /// `depth` is the length of a panel in accumulators: kc / kr, rounded up.
 using Microkernel = void (*)(std::int64_t rows, std::int64_t columns, std::int64_t depth,
                              const void* a, const void* b, void* tile, bool add);
+
+/// As multiply_strip in strips-inl.h.
+using StripKernel = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const void* a,
+                             std::int64_t a_stride_m, std::int64_t a_stride_k, const void* b,
+                             std::int64_t b_stride, const void* start, std::int64_t start_stride,
+                             void* tile, std::int64_t tile_stride);
 
 struct GemmKernel {
   const char* name;
@@ -62,6 +73,10 @@ struct GemmKernel {
   int lowest_exponents;
   void (*sum_panel)(std::int64_t depth, const void* panel, void* sums);
   void (*sum_row)(std::int64_t k, const void* row, void* sum);
+  // strips-inl.h
+  StripKernel multiply_strip;
+  StripKernel careful_multiply_strip;
+  void (*sum_strip)(std::int64_t rows, std::int64_t columns, const void* strip, void* sums);
   std::array<GemmFunctions, kDTypeCount> functions;  // by DType
 
   constexpr const GemmFunctions& of(DType dtype) const {
@@ -89,11 +104,15 @@ struct IsaKernels {
   const ElementwiseKernel* elementwise;  // null where the ISA before it has the best one
 };
 
-/// The drivers (gemm.cpp, narrow.cpp), and what their rows accept.
+/// The drivers (gemm.cpp, narrow.cpp, strips.cpp), and what their rows accept (forms.cpp).
+void run_strips(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+                const ParallelFor& parallel_for);
 void run_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                 const ParallelFor& parallel_for);
 void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                  const ParallelFor& parallel_for);
+bool is_long(const GemmDesc& desc);
+bool is_long_and_wide(const GemmDesc& desc);
 bool is_narrow(const GemmDesc& desc);
 bool is_any(const GemmDesc& desc);
 

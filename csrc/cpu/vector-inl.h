@@ -8,6 +8,7 @@
 //   multiply_add(a, b, c)   a b + c, in the fastest way
 //   min(a, b), max(a, b)    b where either is nan
 //   widen(h), narrow(x)     f16 bits to and from f32; only where Scalar is float
+//   to_bf16(x)              the bf16 nearest to x, if the ISA can do it; the same for f32
 //   load_partial(p, count), store_partial(p, x, count)
 //                           masked moves of Scalar, if the ISA has them
 //
@@ -54,6 +55,19 @@ Reg<V> upper(Words<V> pairs) {
   return reinterpret_cast<Reg<V>>(pairs & 0xffff0000);
 }
 
+/// Lane i of the result is lane index(i) of a followed by b.
+template <class V, class Index, int... kLane>
+Reg<V> shuffle(Reg<V> a, Reg<V> b, Index index, std::integer_sequence<int, kLane...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, index(kLane)...);
+#else
+  return __builtin_shuffle(a, b, Words<V>{index(kLane)...});
+#endif
+}
+
+template <class V>
+using AllLanes = std::make_integer_sequence<int, V::kLanes>;
+
 // ---- loads: from any storage type, any stride, or fewer elements than lanes (the rest are zero) -
 
 template <class V>
@@ -77,10 +91,35 @@ Reg<V> load(const Float16* p) {
   return V::widen(h);
 }
 
+/// Every kStride-th element from p on, picked from kStride vectors, the last of which ends where
+/// the elements do.
+template <class V, int kStride, class T, int kVector = 1>
+[[gnu::always_inline]] inline Reg<V> pick(const T* p, Reg<V> picked) {
+  if constexpr (kVector == kStride) {
+    return picked;
+  } else {
+    constexpr int kBegin = kVector * V::kLanes - (kVector + 1 == kStride ? kStride - 1 : 0);
+    constexpr auto kFrom = [](int lane) constexpr {
+      const int element = lane * kStride;
+      if (element >= kVector * V::kLanes) return V::kLanes + (element - kBegin) % V::kLanes;
+      return kVector == 1 ? element : lane;
+    };
+    return pick<V, kStride, T, kVector + 1>(
+        p, shuffle<V>(picked, load<V>(p + kBegin), kFrom, AllLanes<V>{}));
+  }
+}
+
 // Not inlined: it's the slow way out of many places.
 template <class V, class T>
 [[gnu::noinline]] Reg<V> load_strided(const T* p, std::int64_t stride, std::int64_t count) {
-  if (stride == 0 && count == V::kLanes) return V::set1(widen(*p));
+  if (count == V::kLanes) {
+    if (stride == 0) return V::set1(widen(*p));
+    if (stride == 2) return pick<V, 2>(p, load<V>(p));
+    if (stride == 3) return pick<V, 3>(p, load<V>(p));
+    if constexpr (V::kLanes >= 3) {  // or a vector would begin behind the last element
+      if (stride == 4) return pick<V, 4>(p, load<V>(p));
+    }
+  }
   Scalar<V> lanes[V::kLanes] = {};
   for (std::int64_t i = 0; i < count; ++i) lanes[i] = widen(p[i * stride]);
   return load<V>(lanes);
@@ -109,12 +148,27 @@ void store(Scalar<V>* p, Reg<V> x) {
   __builtin_memcpy(p, &x, sizeof x);
 }
 
+/// The bf16 nearest to x, by integer arithmetic.
 template <class V>
-void store(BFloat16* p, Reg<V> x) {
+Halves<V> nearest_bf16(Reg<V> x) {
   const auto bits = reinterpret_cast<Words<V>>(x);
   const Words<V> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const Words<V> quieted = bits >> 16 | 0x40;
-  const auto h = __builtin_convertvector(x == x ? rounded : quieted, Halves<V>);
+  return __builtin_convertvector(x == x ? rounded : quieted, Halves<V>);
+}
+
+template <class V>
+Halves<V> to_bf16(Reg<V> x) {
+  if constexpr (requires { V::to_bf16(x); }) {
+    return V::to_bf16(x);
+  } else {
+    return nearest_bf16<V>(x);
+  }
+}
+
+template <class V>
+void store(BFloat16* p, Reg<V> x) {
+  const Halves<V> h = to_bf16<V>(x);
   __builtin_memcpy(p, &h, sizeof h);
 }
 
@@ -139,19 +193,6 @@ void store(T* p, Reg<V> x, std::int64_t count) {
 }
 
 // ---- across lanes -------------------------------------------------------------------------------
-
-/// Lane i of the result is lane index(i) of a followed by b.
-template <class V, class Index, int... kLane>
-Reg<V> shuffle(Reg<V> a, Reg<V> b, Index index, std::integer_sequence<int, kLane...>) {
-#if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(a, b, index(kLane)...);
-#else
-  return __builtin_shuffle(a, b, Words<V>{index(kLane)...});
-#endif
-}
-
-template <class V>
-using AllLanes = std::make_integer_sequence<int, V::kLanes>;
 
 /// How many lanes 16 bytes hold: x86 shuffles within them in one step.
 template <class V>

@@ -1,0 +1,112 @@
+#include "forms.h"
+
+#include "blocking.h"
+
+namespace neuron_ext::cpu {
+namespace {
+
+// The few operand's copy of a narrow product.
+constexpr std::int64_t kLongestRows = std::int64_t{1} << 18;
+
+std::int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+/// Whether so few rows are better used from memory than packed against. Measured on Zen 4: dot
+/// products of long, contiguous operands reach the peak without packing (of bf16 half of it, as
+/// their loads take as long as the arithmetic), those of short ones spend their time adding up
+/// lanes.
+bool is_few(std::int64_t rows, std::int64_t k, bool k_is_contiguous, DType dtype) {
+  const std::int64_t few_long = dtype == DType::kBFloat16 ? 16 : 32;
+  const std::int64_t few = k >= 256 && k_is_contiguous ? few_long : k >= 32 ? 8 : 4;
+  return rows <= few && rows * k <= kLongestRows;
+}
+
+bool has_few_columns(const GemmDesc& desc) {
+  // Only where A's rows are contiguous, and without what is done to A as it's packed.
+  return desc.n < desc.deciding_m() && desc.a_stride_k == 1 &&
+         is_few(desc.n, desc.k, true, desc.dtype) && desc.prologue == Activation::kIdentity &&
+         !desc.has_a_sum;
+}
+
+// Strips pay from so many rows on.
+constexpr std::int64_t kLong = 64;
+
+bool has_long_column(const GemmDesc& desc) {
+  // Rows of A are taken apart, which shuffles do for up to so many (vector-inl.h).
+  constexpr std::int64_t kFew = 4;
+  return desc.n == 1 && desc.d_stride_m == 1 && desc.deciding_m() >= kLong && desc.k > 0 &&
+         (desc.k <= kFew || desc.a_stride_m == 1) && desc.k <= 64 && !desc.has_a_sum;
+}
+
+bool has_long_rows(const GemmDesc& desc) {
+  if (desc.deciding_m() < kLong || desc.k == 0 || desc.k > 64 || desc.n > 256 || desc.has_a_sum ||
+      desc.a_stride_k != 1) {
+    return false;
+  }
+  if (desc.prologue != Activation::kIdentity) return desc.saved_stride_k == 1;
+  // Multiply-adds of vectors for a row of D: of B's rows, or along k and then across lanes.
+  const std::int64_t lanes = 64 / accumulator_size(desc.dtype);
+  const std::int64_t of_rows = desc.k * divide_up(desc.n, lanes) + 3;
+  const std::int64_t of_dots = desc.n * (divide_up(desc.k, lanes) + 4) + 2;
+  return of_rows <= of_dots || !has_few_columns(desc);
+}
+
+bool has_long_sums(const GemmDesc& desc) {
+  const bool contiguous =
+      desc.a_stride_m == 1 && (desc.prologue == Activation::kIdentity || desc.saved_stride_m == 1);
+  return desc.k >= kLong && desc.deciding_m() > 0 && desc.deciding_m() <= 32 && desc.n <= 256 &&
+         contiguous && desc.b_stride_n == 1 && !desc.has_bias;
+}
+
+}  // namespace
+
+const char* name_of(Form form) {
+  switch (form) {
+    case Form::kBlocked:
+      return "blocked";
+    case Form::kFewRows:
+      return "few rows";
+    case Form::kFewColumns:
+      return "few columns";
+    case Form::kLongColumn:
+      return "long column";
+    case Form::kLongRows:
+      return "long rows";
+    case Form::kLongSums:
+      return "long sums";
+  }
+  return "?";
+}
+
+Form form_of(const GemmDesc& desc) {
+  if (has_long_column(desc)) return Form::kLongColumn;
+  if (has_long_rows(desc)) return Form::kLongRows;
+  if (has_long_sums(desc)) return Form::kLongSums;
+  if (has_few_columns(desc)) return Form::kFewColumns;
+  if (is_few(desc.deciding_m(), desc.k, desc.b_stride_k == 1, desc.dtype)) return Form::kFewRows;
+  return Form::kBlocked;
+}
+
+bool is_any(const GemmDesc&) { return true; }
+bool is_narrow(const GemmDesc& desc) {
+  const Form form = form_of(desc);
+  return form == Form::kFewRows || form == Form::kFewColumns;
+}
+bool is_long(const GemmDesc& desc) {
+  const Form form = form_of(desc);
+  return form == Form::kLongColumn || form == Form::kLongRows || form == Form::kLongSums;
+}
+
+bool is_long_and_wide(const GemmDesc& desc) {
+  // Below, putting two k in a place takes longer than it saves.
+  constexpr std::int64_t kWide = 384;
+  switch (form_of(desc)) {
+    case Form::kLongRows:
+      return desc.n * desc.k >= kWide;
+    case Form::kLongSums:
+      return desc.deciding_m() * desc.n >= kWide;
+    default:
+      return false;
+  }
+}
+
+}  // namespace neuron_ext::cpu
