@@ -6,12 +6,13 @@
 namespace neuron_ext::cpu {
 namespace {
 
-// A block of B, kc x tile_n, is used once for every mr rows of A: it is kept to half of an L2
-// cache.
-constexpr std::int64_t kBlockBytes = 512 << 10;
-// Sums that wait for the next block of k. Together with the blocks this bounds a thread's buffer to
-// about 2 MiB.
-constexpr std::int64_t kAccumulatorBytes = 1 << 20;
+// A block of B, kc x tile_n, is used once for every mr rows of A. The micro-kernel reads it in
+// order and so slowly that L3 will do (Zen 4: 2 MiB cost nothing); what counts is that a large tile
+// packs its operands less often.
+constexpr std::int64_t kBlockBytes = 1 << 20;
+// Sums that wait for the next block of k: 1024 x 1024 of f32, and some for whole panels. Together
+// with the blocks this bounds a thread's buffer to about 6 MiB.
+constexpr std::int64_t kAccumulatorBytes = 5 << 20;
 // All chunks' sums, which every thread can reach.
 constexpr std::int64_t kPartialBytes = 4 << 20;
 

@@ -16,7 +16,7 @@ namespace neuron_ext::cpu {
 constexpr std::size_t kCacheLine = 64;
 
 /// Memory that a thread keeps from call to call, since fresh pages cost more than small products.
-/// It only grows, and never beyond what blocking.cpp bounds: about 2 MiB for a task and 4 MiB for
+/// It only grows, and never beyond what blocking.cpp bounds: about 6 MiB for a task and 4 MiB for
 /// what tasks share.
 class ThreadBuffer {
  public:

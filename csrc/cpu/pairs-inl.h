@@ -31,7 +31,10 @@ struct PairSource {
   const BFloat16* at(std::int64_t mn, std::int64_t p) const {
     return base + mn * stride_mn + 2 * p * stride_k;
   }
-  void prefetch(std::int64_t mn, std::int64_t p) const { __builtin_prefetch(at(mn, p)); }
+  void prefetch(std::int64_t mn, std::int64_t p) const {
+    __builtin_prefetch(at(mn, p), 0, 2);
+    if (stride_k != 1) __builtin_prefetch(at(mn, p) + stride_k, 0, 2);
+  }
 
   Words<V> along_k(std::int64_t mn, std::int64_t p, std::int64_t count) const {
     const std::int64_t left = k - 2 * p;

@@ -20,14 +20,14 @@ struct Operand {
   std::int64_t saved_stride_mn = 0, saved_stride_k = 0;
 };
 
+using PackPanel = int (*)(const Operand& operand, std::int64_t mn, std::int64_t count,
+                          std::int64_t k, std::int64_t kc, void* panel);
+
 /// The functions of a row for one storage type; null where the row doesn't take it. Panels, tiles,
 /// rows, sums and bias rows are in the accumulator type. What each does is said at its definition.
 struct GemmFunctions {
   // pack-inl.h and pairs-inl.h
-  int (*pack_a)(const Operand& a, std::int64_t i, std::int64_t count, std::int64_t k,
-                std::int64_t kc, void* panel);
-  int (*pack_b)(const Operand& b, std::int64_t j, std::int64_t count, std::int64_t k,
-                std::int64_t kc, void* panel);
+  PackPanel pack_a, pack_b;
   int (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row);
   // narrow-inl.h
   void (*multiply_narrow)(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
