@@ -38,7 +38,7 @@ def cpu_isa() -> str:
 
 
 def supported_cpu_isas() -> tuple[str, ...]:
-    """What this machine can run of "portable", "avx2", "avx512" and "avx512_bf16", worst first."""
+    """What this machine can run of portable, avx2, avx512, avx512_bf16 and amx, worst first."""
     return tuple(_C.supported_cpu_isas())
 
 

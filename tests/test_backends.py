@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,8 +14,9 @@ import neuron_ext
 from neuron_ext import backends, functional
 
 SHORT_NAMES = dict(zip(DTYPES, ("f32", "f64", "bf16", "f16"), strict=True))
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 COMPLETE = ISAS[:3]  # with kernels for every dtype; what else there is adds some for a few
+IMPRECISE = ("f32_bf16_", "f32_bf16x3_")  # kernels that torch's precision must allow
 
 
 def test_supported_isas_are_in_order() -> None:
@@ -87,24 +89,86 @@ def test_kernels_are_rows_best_first() -> None:
 def test_the_kernels_that_run_are_of_the_chosen_isa(dtype: torch.dtype, isa: str) -> None:
     """Or, where it has none for the dtype, of the best below it that has."""
     allowed = ISAS[: ISAS.index(isa) + 1]
-    best = next(
-        row.isa
-        for row in backends.kernels()
-        if row.isa in allowed and SHORT_NAMES[dtype] in row.dtypes and "gemm" in row.name
-    )
-    assert best == isa or isa not in COMPLETE
+
+    def best(kind: str) -> str:
+        return next(
+            row.isa
+            for row in backends.kernels()
+            if row.isa in allowed and SHORT_NAMES[dtype] in row.dtypes and kind in row.name
+            if not any(name in row.name for name in IMPRECISE)
+        )
+
     x, w = torch.ones(40, 30, dtype=dtype), torch.ones(50, 30, dtype=dtype)
     rows = {row.name: row for row in backends.kernels()}
-    for call in (
-        lambda: functional.linear(x, w),
-        lambda: functional.linear(x[:1], w),
-        lambda: functional.linear_sigmoid(x, w),
-        lambda: functional.mlp(x, [w]),
+    for kind, call in (
+        ("gemm_", lambda: functional.linear(x, w)),
+        ("gemm_narrow_", lambda: functional.linear(x[:1], w)),
+        ("gemm_", lambda: functional.linear_sigmoid(x, w)),
+        ("gemm_", lambda: functional.mlp(x, [w])),
     ):
         call()
         row = rows[backends.last_kernel()]
-        assert row.isa == best
+        assert row.isa == best(kind)
+        assert row.isa == isa or isa not in COMPLETE
         assert SHORT_NAMES[dtype] in row.dtypes
+
+
+@pytest.fixture
+def restored_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("precision", "loss"), [("highest", 0), ("high", 2**-15), ("medium", 2**-7)]
+)
+def test_torchs_precision_of_float32_is_obeyed(
+    precision: str, loss: float, isa: str, seed: int, restored_precision: None
+) -> None:
+    x, w = torch.randn(130, 300), torch.randn(90, 300)
+    torch.set_float32_matmul_precision(precision)
+    y = functional.linear(x, w)
+    splits = isa == "amx" or (isa == "avx512_bf16" and precision == "medium")
+    assert ("f32_bf16" in backends.last_kernel()) == splits
+    exact, largest = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    bound = (torch.finfo().eps * 8 + (loss if splits else 0)) * largest
+    error = (y - exact).abs()
+    assert (error <= bound).all()
+    if splits and precision == "medium":
+        assert (error > torch.finfo().eps * 8 * largest).any()
+
+
+def test_the_precision_of_torchs_cpu_products_alone_is_obeyed() -> None:
+    """Of other operations and devices it isn't our concern."""
+    code = """
+x = torch.randn(99, 99)
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+functional.linear(x, x)
+medium = backends.last_kernel()
+torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+functional.linear(x, x)
+full = backends.last_kernel()
+print("f32_bf16_" in medium, "f32_bf16_" in full)
+"""
+    has_bf16 = "avx512_bf16" in backends.supported_cpu_isas()
+    assert run(code).splitlines()[-1] == f"{has_bf16} False"
+
+
+def test_small_and_special_values_at_any_precision(seed: int, restored_precision: None) -> None:
+    """Rows that bf16 can't hold are computed in float32, and no other row notices."""
+    x, w = torch.randn(70, 200), torch.randn(64, 200)
+    torch.set_float32_matmul_precision("medium")
+    usual = functional.linear(x, w)
+    x[3, 5], x[40], x[41, 7], x[42, 0] = torch.inf, 1e-41, torch.nan, torch.finfo().max
+    y = functional.linear(x, w)
+    rows = torch.tensor([3, 40, 41, 42])
+    others = torch.ones(70, dtype=torch.bool)
+    others[rows] = False
+    assert torch.equal(y[others], usual[others])
+    exact = (x.double() @ w.double().T).float()
+    torch.testing.assert_close(y[rows], exact[rows], rtol=1e-3, atol=1e-41, equal_nan=True)
 
 
 def test_the_last_kernel_is_of_this_thread() -> None:
@@ -182,7 +246,9 @@ def run(code: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("chosen", backends.supported_cpu_isas())
 def test_the_environment_chooses_the_isa(chosen: str) -> None:
-    code = "x = torch.ones(8, 8).bfloat16(); functional.linear(x, x); print(backends.last_kernel())"
+    code = (
+        "x = torch.ones(64, 64).bfloat16(); functional.linear(x, x); print(backends.last_kernel())"
+    )
     assert run(code, NEURON_EXT_CPU_ISA=chosen).endswith(f"_{chosen}")
 
 
@@ -190,6 +256,19 @@ def test_an_isa_in_the_environment_that_does_not_exist() -> None:
     *_, message = run("print('imported')", NEURON_EXT_CPU_ISA="mmx").splitlines()
     for part in ("NEURON_EXT_CPU_ISA", "mmx", "portable"):
         assert part in message
+
+
+def test_the_environment_can_insist_on_float32_arithmetic() -> None:
+    code = """
+torch.set_float32_matmul_precision("medium")
+functional.linear(torch.ones(99, 99), torch.ones(99, 99))
+print("bf16" in backends.last_kernel())
+"""
+    splits = "avx512_bf16" in backends.supported_cpu_isas()
+    assert run(code).splitlines()[-1] == str(splits)
+    assert run(code, NEURON_EXT_FP32="strict") == "False"
+    *_, message = run("print('imported')", NEURON_EXT_FP32="sloppy").splitlines()
+    assert "NEURON_EXT_FP32=sloppy" in message
 
 
 STATE = """

@@ -61,9 +61,9 @@ Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc, int max
   if (blocking.chunk_k > 0) blocking.chunks = divide_up(desc.k, blocking.chunk_k);
 
   // The largest tile, in panels.
-  const std::int64_t depth = std::max<std::int64_t>(1, divide_up(blocking.kc, kernel.kr));
+  const std::int64_t column_size = std::max<std::int64_t>(1, kernel.row_size(blocking.kc));
   const std::int64_t most_n =
-      std::clamp<std::int64_t>(kBlockBytes / (depth * kernel.nr * size), 1, panels_n);
+      std::clamp<std::int64_t>(kBlockBytes / (column_size * kernel.nr * size), 1, panels_n);
   // What has to wait for every panel of rows: sums of A, and those of D unless k is one block.
   const std::int64_t waiting = blocking.has_one_block() ? 1 : most_n * kernel.nr;
   const std::int64_t most_m =

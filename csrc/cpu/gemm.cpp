@@ -25,17 +25,18 @@ template <class S>
 class PackedB {
  public:
   PackedB(const GemmKernel& kernel, std::int64_t n, std::int64_t k)
-      : nr_(kernel.nr),
-        kr_(kernel.kr),
-        kc_(block_of_k(kernel, k)),
+      : kernel_(kernel),
+        kc_(std::max<std::int64_t>(1, block_of_k(kernel, k))),
         k_(k),
+        blocks_(std::max<std::int64_t>(1, divide_up(k, kc_))),
         panels_(divide_up(n, kernel.nr)) {}
 
-  std::int64_t size() const { return lowest(k_ - k_ % std::max<std::int64_t>(1, kc_)) + panels_; }
+  std::int64_t size() const { return lowest(blocks_ * kc_); }
 
   PackedBlock<S> block(const void* packed, std::int64_t pc, std::int64_t kc, std::int64_t j) const {
     const S* const base = static_cast<const S*>(packed);
-    return {base + panel(pc, kc, j), nr_ * divide_up(kc, kr_), base + lowest(pc) + j / nr_};
+    return {base + panel(pc, kc, j), kernel_.nr * kernel_.row_size(kc),
+            base + lowest(pc) + j / kernel_.nr};
   }
 
   /// Packs the panels of the columns from j on.
@@ -45,7 +46,7 @@ class PackedB {
     std::int64_t pc = 0;
     do {
       const std::int64_t kc = std::min(kc_, k_ - pc);
-      base[lowest(pc) + j / nr_] =
+      base[lowest(pc) + j / kernel_.nr] =
           static_cast<S>(functions.pack_b(b, j, n - j, pc, kc, base + panel(pc, kc, j)));
       pc += kc;
     } while (pc < k_);
@@ -55,18 +56,37 @@ class PackedB {
   static constexpr std::int64_t kHead = kCacheLine / sizeof(S);
 
   std::int64_t panel(std::int64_t pc, std::int64_t kc, std::int64_t j) const {
-    return kHead + panels_ * nr_ * (pc / kr_) + j * divide_up(kc, kr_);
+    return kHead + panels_ * kernel_.nr * (pc / kc_) * kernel_.row_size(kc_) +
+           j * kernel_.row_size(kc);
   }
   std::int64_t lowest(std::int64_t pc) const {
-    return kHead + panels_ * (nr_ * divide_up(k_, kr_) + pc / std::max<std::int64_t>(1, kc_));
+    const std::int64_t last = (blocks_ - 1) * kc_;
+    return panel(last, k_ - last, panels_ * kernel_.nr) + panels_ * (pc / kc_);
   }
 
-  std::int64_t nr_, kr_, kc_, k_, panels_;
+  const GemmKernel& kernel_;
+  std::int64_t kc_, k_, blocks_, panels_;
 };
 
 const GemmKernel& kernel_of(const void* packed_b) {
   return **static_cast<const GemmKernel* const*>(packed_b);
 }
+
+/// A thread's use of a row's micro-kernel.
+class Prepared {
+ public:
+  explicit Prepared(const GemmKernel& kernel) : kernel_(kernel) {
+    if (kernel.prepare != nullptr) kernel.prepare();
+  }
+  ~Prepared() {
+    if (kernel_.release != nullptr) kernel_.release();
+  }
+  Prepared(const Prepared&) = delete;
+  Prepared& operator=(const Prepared&) = delete;
+
+ private:
+  const GemmKernel& kernel_;
+};
 
 /// One product, cut into tasks:
 ///
@@ -102,6 +122,7 @@ class BlockedProduct {
     if (cut_.chunks == 1) {
       parallel_for(tiles, 1, [&](std::int64_t begin, std::int64_t end) {
         with_buffer<S>(task_buffer, task_size() + sums_size(), [&](S* buffer) {
+          const Prepared prepared(kernel_);
           for (std::int64_t tile = begin; tile < end; ++tile) {
             sum_chunk(tile, 0, buffer, buffer + task_size());
           }
@@ -113,6 +134,7 @@ class BlockedProduct {
         shared_buffer.reserve(static_cast<std::size_t>(cut_.tasks() * sums_size()) * sizeof(S)));
     parallel_for(cut_.tasks(), 1, [&](std::int64_t begin, std::int64_t end) {
       with_buffer<S>(task_buffer, task_size(), [&](S* buffer) {
+        const Prepared prepared(kernel_);
         for (std::int64_t task = begin; task < end; ++task) {
           sum_chunk(task % tiles, task / tiles, buffer, sums + task * sums_size());
         }
@@ -128,10 +150,10 @@ class BlockedProduct {
   }
 
  private:
-  /// Where a task's tile lies in D.
+  /// Where a tile lies in D.
   struct Place {
     std::int64_t i, rows, j, columns;
-    bool sums_a;  // each row of A is summed by the tasks of one column of tiles
+    bool sums_a = false;  // each row of A is summed by the tasks of one column of tiles
   };
 
   Place place_of(std::int64_t tile) const {
@@ -143,7 +165,7 @@ class BlockedProduct {
   std::int64_t depth(std::int64_t kc) const { return divide_up(kc, kernel_.kr); }
   // A packed panel may run over by less than a vector (pack-inl.h).
   std::int64_t panel_size(std::int64_t width) const {
-    return aligned(width * depth(cut_.kc) + kernel_.lanes);
+    return aligned(width * kernel_.row_size(cut_.kc) + kernel_.lanes);
   }
   /// The block's panels, and the lowest exponent of each.
   std::int64_t block_size(std::int64_t width, std::int64_t tile) const {
@@ -153,7 +175,12 @@ class BlockedProduct {
   std::int64_t b_size() const {
     return at_.packed_b != nullptr ? 0 : block_size(kernel_.nr, cut_.tile_n);
   }
-  std::int64_t task_size() const { return a_size() + b_size() + cut_.tile_n; }
+  std::int64_t careful_b_size() const { return aligned(kernel_.nr * cut_.kc + kernel_.lanes); }
+  std::int64_t careful_size() const {
+    if (kernel_.careful == nullptr) return 0;
+    return tile_size() + careful_b_size() + aligned(kernel_.careful->mr * cut_.kc + kernel_.lanes);
+  }
+  std::int64_t task_size() const { return a_size() + b_size() + careful_size() + cut_.tile_n; }
   // Panels of A that are packed together: neighbours share lines where A's columns are contiguous.
   // Four are slower by 1 to 3 %, 16 no faster; all of a tile's push too much out of L2.
   static constexpr std::int64_t kGroup = 8;
@@ -179,7 +206,8 @@ class BlockedProduct {
     const Place place = place_of(tile);
     S* const a_room = buffer;
     S* const b_room = a_room + a_size();
-    S* const bias = b_room + b_size();
+    S* const careful_room = b_room + b_size();
+    S* const bias = careful_room + careful_size();
     S* const a_sums = sums + tiles_size();
     const bool finishes = cut_.chunks == 1;
     const Epilogue<S> epilogue(kernel_, desc_, at_, place.j, finishes ? place.columns : 0, bias);
@@ -206,13 +234,18 @@ class BlockedProduct {
         if (place.sums_a) kernel_.sum_panel(depth(kc), a_panel, a_sums + ir);
         for (std::int64_t jr = 0; jr < place.columns; jr += kernel_.nr) {
           const std::int64_t columns = std::min(kernel_.nr, place.columns - jr);
+          const S* const b_panel = b.panels + jr / kernel_.nr * b.stride;
           S* const tile_sums = register_tile(sums, ir, jr);
           const bool is_exact = a.lowest[panel] + b.lowest[jr / kernel_.nr] >=
                                 static_cast<S>(kernel_.lowest_exponents);
-          const Microkernel microkernel =
-              is_exact ? kernel_.microkernel : kernel_.careful_microkernel;
-          microkernel(rows, columns, depth(kc), a_panel, b.panels + jr / kernel_.nr * b.stride,
-                      tile_sums, pc != first);
+          if (!is_exact && kernel_.careful != nullptr) {
+            multiply_carefully({place.i + ir, rows, place.j + jr, columns}, pc, kc, a_panel,
+                               b_panel, careful_room, tile_sums, pc != first);
+          } else {
+            const Microkernel microkernel =
+                is_exact ? kernel_.microkernel : kernel_.careful_microkernel;
+            microkernel(rows, columns, depth(kc), a_panel, b_panel, tile_sums, pc != first);
+          }
           if (finishes && pc + kc == last) {
             epilogue.store(place.i + ir, rows, place.j + jr, columns, tile_sums, kernel_.nr);
           }
@@ -228,9 +261,11 @@ class BlockedProduct {
                             std::int64_t mn, std::int64_t count, std::int64_t all,
                             std::int64_t tile, std::int64_t pc, std::int64_t kc, S* room) const {
     // Where k isn't what's contiguous, a few k of all panels at a time: neighbours share lines and
-    // pages, of which the caches can't keep those of a whole block of k.
+    // pages, of which the caches can't keep those of a whole block of k. Not where something is
+    // known of whole rows.
     constexpr std::int64_t kFewK = 16;
-    const std::int64_t step = operand.stride_mn == 1 ? kFewK : std::max(kc, kFewK);
+    const bool in_steps = operand.stride_mn == 1 && kernel_.known == 0;
+    const std::int64_t step = in_steps ? kFewK : std::max(kc, kFewK);
     const std::int64_t stride = panel_size(width);
     S* const lowest = room + tile / width * stride;
     for (std::int64_t p = 0; p == 0 || p < kc; p += step) {
@@ -243,6 +278,26 @@ class BlockedProduct {
       }
     }
     return {room, stride, lowest};
+  }
+
+  /// One register tile's sums where not all are exact: twice, to take each from where it's right.
+  /// So it depends on an element's row and column alone, not on what else is in their panels.
+  void multiply_carefully(const Place& place, std::int64_t pc, std::int64_t kc, const S* a_panel,
+                          const S* b_panel, S* room, S* sums, bool add) const {
+    const GemmKernel& careful = *kernel_.careful;
+    const GemmFunctions& functions = careful.of(desc_.dtype);
+    S* const careful_sums = room;
+    S* const careful_b = careful_sums + tile_size();
+    S* const careful_a = careful_b + careful_b_size();
+    if (add) std::copy_n(sums, tile_size(), careful_sums);
+    kernel_.microkernel(place.rows, place.columns, depth(kc), a_panel, b_panel, sums, add);
+    functions.pack_b(b_, place.j, desc_.n - place.j, pc, kc, careful_b);
+    for (std::int64_t r = 0; r < place.rows; r += careful.mr) {
+      functions.pack_a(a_, place.i + r, desc_.m - (place.i + r), pc, kc, careful_a);
+      careful.microkernel(std::min(careful.mr, place.rows - r), place.columns, kc, careful_a,
+                          careful_b, careful_sums + r * kernel_.nr, add);
+    }
+    kernel_.take_careful(place.rows, depth(kc), a_panel, b_panel, careful_sums, sums);
   }
 
   /// Adds a tile's sums of all chunks, which lie `stride` apart, into the first chunk's, and

@@ -7,11 +7,15 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace neuron_ext::cpu {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
 
 #if defined(__x86_64__)
 
@@ -25,8 +29,21 @@ std::uint64_t saved_states() {
   return std::uint64_t{high} << 32 | low;
 }
 
+/// Whether this process may use tiles, whose state is so large that Linux saves it only for those
+/// that ask. It says no where a signal stack of a thread is too small for that state.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 Isa detect() {
-  constexpr std::uint64_t kYmmStates = 0x6, kZmmStates = 0xe6;
+  constexpr std::uint64_t kYmmStates = 0x6, kZmmStates = 0xe6, kTileStates = 0x60000;
+  // By compilers' <cpuid.h> under different names.
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return Isa::kPortable;
   if (!has_bits(ecx, bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C)) return Isa::kPortable;
@@ -36,8 +53,10 @@ Isa detect() {
   if (!has_bits(ebx, bit_AVX2)) return Isa::kPortable;
   if (!has_bits(states, kZmmStates)) return Isa::kAvx2;
   if (!has_bits(ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL)) return Isa::kAvx2;
+  const bool has_tiles = has_bits(edx, kAmxBf16 | kAmxTile) && has_bits(states, kTileStates);
   if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return Isa::kAvx512;
-  return has_bits(eax, bit_AVX512BF16) ? Isa::kAvx512Bf16 : Isa::kAvx512;
+  if (!has_bits(eax, bit_AVX512BF16)) return Isa::kAvx512;
+  return has_tiles && may_use_tiles() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 
 #else
@@ -92,6 +111,8 @@ const char* name_of(Isa isa) {
       return "avx512";
     case Isa::kAvx512Bf16:
       return "avx512_bf16";
+    case Isa::kAmx:
+      return "amx";
   }
   return "?";
 }

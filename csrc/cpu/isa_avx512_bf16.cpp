@@ -1,4 +1,5 @@
-// Kernels for AVX-512 with BF16: products of bf16 in pairs. All else is AVX-512's.
+// Kernels for AVX-512 with BF16: products of bf16 in pairs, and of f32 rounded to bf16 where that
+// is precise enough. All else is AVX-512's.
 #if defined(__x86_64__)
 
 #if defined(__clang__)
@@ -33,23 +34,13 @@
 // clang-format off: the vectors build on what the kernels share
 #include "kernels-inl.h"
 #include "vector_avx512-inl.h"
+#include "vector_avx512_bf16-inl.h"
 // clang-format on
 
 namespace neuron_ext::cpu {
 namespace {
 
-/// Rounds to bf16 by an instruction, which takes subnormal numbers for zeros.
-struct VectorToBf16 : VectorF32 {
-  static Halves<VectorF32> to_bf16(Reg x) {
-    constexpr int kSubnormalClass = 0x20;
-    if (_mm512_fpclass_ps_mask(x, kSubnormalClass) != 0) [[unlikely]] {
-      return nearest_bf16<VectorF32>(x);
-    }
-    return reinterpret_cast<Halves<VectorF32>>(_mm512_cvtneps_pbh(x));
-  }
-};
-
-struct VectorPairs : VectorToBf16 {
+struct VectorPairs : VectorBf16 {
   using Careful = CarefulPairs<VectorPairs>;
   static constexpr int kTerms = 2;
   static constexpr std::int64_t kLongestSum = 256;  // of bf16, whose last store loses far more
@@ -58,11 +49,6 @@ struct VectorPairs : VectorToBf16 {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 
-  /// The first `count` <= 32 halves at p, then zeros.
-  static Words<VectorF32> load_pairs(const BFloat16* p, std::int64_t count) {
-    const auto first = static_cast<__mmask32>((std::uint64_t{1} << count) - 1);
-    return reinterpret_cast<Words<VectorF32>>(_mm512_maskz_loadu_epi16(first, p));
-  }
   /// The first `count` <= 16 halves at p, each in a lower half, then zeros.
   static Words<VectorF32> load_halves(const BFloat16* p, std::int64_t count) {
     return reinterpret_cast<Words<VectorF32>>(
@@ -104,7 +90,7 @@ consteval GemmKernel for_bf16(GemmKernel kernel, const GemmFunctions& functions)
 }
 
 consteval GemmKernel pairs_kernel() {
-  GemmKernel kernel = blocked_kernel<VectorToBf16, kMr>("gemm_bf16_14x32_avx512_bf16", kIsa);
+  GemmKernel kernel = blocked_kernel<VectorBf16, kMr>("gemm_bf16_14x32_avx512_bf16", kIsa);
   kernel.kr = 2;
   kernel.kc = 2 * kLongestBlock;
   kernel.microkernel = Microkernels<VectorPairs, kMr, kNr>::run;
@@ -117,8 +103,33 @@ consteval GemmKernel pairs_kernel() {
   return for_bf16(kernel, functions);
 }
 
+/// What is lost by rounding while packing is gained from 64 k on (Zen 4).
+bool is_medium(const GemmDesc& desc) {
+  return desc.precision == Precision::kMedium && desc.k >= 64 && !is_narrow(desc);
+}
+
+constexpr GemmKernel kCareful = blocked_kernel<VectorF32, kCarefulMr>("f32", kIsa);
+
+consteval GemmKernel rounded_kernel() {
+  GemmKernel kernel = pairs_kernel();
+  kernel.name = "gemm_f32_bf16_14x32_avx512_bf16";
+  kernel.accepts = is_medium;
+  kernel.known = kKnown;
+  kernel.careful_microkernel = nullptr;
+  kernel.lowest_exponents = 0;
+  kernel.careful = &kCareful;
+  kernel.take_careful = take_careful_pairs<VectorBf16, kMr, kNr>;
+  kernel.sum_panel = sum_known_pairs<VectorBf16, kMr>;
+  GemmFunctions functions = kCareful.of(DType::kFloat32);
+  functions.pack_a = pack_rounded_pairs<VectorBf16, float, kMr>;
+  functions.pack_b = pack_rounded_pairs<VectorBf16, float, kNr>;
+  kernel.functions = {};
+  kernel.functions[static_cast<int>(DType::kFloat32)] = functions;
+  return kernel;
+}
+
 consteval GemmKernel narrow_pairs_kernel() {
-  GemmKernel kernel = narrow_kernel<VectorToBf16>("gemm_narrow_bf16_avx512_bf16", kIsa);
+  GemmKernel kernel = narrow_kernel<VectorBf16>("gemm_narrow_bf16_avx512_bf16", kIsa);
   kernel.kr = 2;
   kernel.sum_row = sum_row<VectorPairs>;
   GemmFunctions functions = kernel.of(DType::kBFloat16);
@@ -128,7 +139,7 @@ consteval GemmKernel narrow_pairs_kernel() {
 }
 
 consteval GemmKernel strips_pairs_kernel() {
-  GemmKernel kernel = strips_kernel<VectorToBf16>("gemm_strips_bf16_avx512_bf16", kIsa);
+  GemmKernel kernel = strips_kernel<VectorBf16>("gemm_strips_bf16_avx512_bf16", kIsa);
   kernel.accepts = is_long_and_wide;
   kernel.kr = 2;
   kernel.multiply_strip = multiply_strip<VectorPairs>;
@@ -143,12 +154,12 @@ consteval GemmKernel strips_pairs_kernel() {
 
 /// Whose sums are of f32 products.
 consteval GemmKernel strips_f32_kernel() {
-  const GemmKernel kernel = strips_kernel<VectorToBf16>("gemm_strips_f32_avx512_bf16", kIsa);
+  const GemmKernel kernel = strips_kernel<VectorBf16>("gemm_strips_f32_avx512_bf16", kIsa);
   return for_bf16(kernel, kernel.of(DType::kBFloat16));
 }
 
 constexpr GemmKernel kGemm[] = {strips_pairs_kernel(), strips_f32_kernel(), narrow_pairs_kernel(),
-                                pairs_kernel()};
+                                pairs_kernel(), rounded_kernel()};
 
 }  // namespace
 

@@ -7,6 +7,7 @@
 #include "elementwise-inl.h"
 #include "pack-inl.h"
 #include "pairs-inl.h"
+#include "split-inl.h"
 #include "microkernel-inl.h"
 #include "epilogue-inl.h"
 #include "narrow-inl.h"

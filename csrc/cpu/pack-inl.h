@@ -164,11 +164,13 @@ Reg<V> sum_of_places(Reg<V> places) {
   }
 }
 
-/// sums[mn] += the sum over k of panel[k][mn], formed from zero like a block of D, but of shorter
-/// sums: there is nothing else to be gained by long ones.
+// Terms of a sum over a panel's rows: shorter than those of a block of D, for there is nothing else
+// to be gained by long ones.
+constexpr std::int64_t kShortSum = 16;
+
+/// sums[mn] += the sum over k of panel[k][mn], formed from zero like a block of D.
 template <class V, int kWidth>
 void sum_panel(std::int64_t depth, const void* panel, void* sums) {
-  constexpr std::int64_t kShortSum = 16;
   constexpr int kVectors = (kWidth + V::kLanes - 1) / V::kLanes;
   const auto* p = static_cast<const Scalar<V>*>(panel);
   Reg<V> block[kVectors] = {};

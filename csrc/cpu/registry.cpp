@@ -13,9 +13,7 @@ namespace {
 std::span<const IsaKernels> all_kernels() {
   static const IsaKernels kernels[] = {
 #if defined(__x86_64__)
-      avx512_bf16_kernels(),
-      avx512_kernels(),
-      avx2_kernels(),
+      amx_kernels(),      avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(),
 #endif
       portable_kernels(),
   };

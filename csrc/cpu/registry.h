@@ -26,7 +26,7 @@ using PackPanel = int (*)(const Operand& operand, std::int64_t mn, std::int64_t 
 /// The functions of a row for one storage type; null where the row doesn't take it. Panels, tiles,
 /// rows, sums and bias rows are in the accumulator type. What each does is said at its definition.
 struct GemmFunctions {
-  // pack-inl.h and pairs-inl.h
+  // pack-inl.h, pairs-inl.h, split-inl.h, tiles-inl.h
   PackPanel pack_a, pack_b;
   int (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row);
   // narrow-inl.h
@@ -45,7 +45,7 @@ struct GemmFunctions {
   void (*narrow_row)(std::int64_t n, const void* row, void* out);
 };
 
-/// `depth` is the length of a panel in accumulators: kc / kr, rounded up.
+/// `depth` is the length of a panel: kc / kr, rounded up.
 using Microkernel = void (*)(std::int64_t rows, std::int64_t columns, std::int64_t depth,
                              const void* a, const void* b, void* tile, bool add);
 
@@ -62,15 +62,25 @@ struct GemmKernel {
   void (*run)(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
               const ParallelFor& parallel_for);  // a driver
 
-  std::int64_t lanes;   // accumulators in a vector: rows and buffers hold whole vectors
-  std::int64_t mr, nr;  // the register tile
-  std::int64_t kr;      // consecutive k of a row or column that share an accumulator's place
-  std::int64_t kc;      // longest block of k
+  std::int64_t lanes;       // accumulators in a vector: rows and buffers hold whole vectors
+  std::int64_t mr, nr;      // the register tile
+  std::int64_t kr;          // consecutive k of a row or column that are packed together,
+  std::int64_t places = 1;  // into places of this many accumulators
+  std::int64_t known = 0;   // accumulators after a panel with what is known of each row or column
+  std::int64_t kc;          // longest block of k
+  // What a thread does before its first call of the micro-kernel and after its last, if anything.
+  void (*prepare)() = nullptr;
+  void (*release)() = nullptr;
   Microkernel microkernel;
   // What the micro-kernel would get wrong goes through another one: panels whose lowest exponents,
   // as packing returns them, add up to less than this. Null where there are none such.
   Microkernel careful_microkernel;
   int lowest_exponents;
+  // Or through another row, of the same nr, that packs the operands again. The elements of its sums
+  // that are needed then replace those in the tile. Null where there are no such.
+  const GemmKernel* careful = nullptr;
+  void (*take_careful)(std::int64_t rows, std::int64_t depth, const void* a, const void* b,
+                       const void* careful, void* tile) = nullptr;
   void (*sum_panel)(std::int64_t depth, const void* panel, void* sums);
   void (*sum_row)(std::int64_t k, const void* row, void* sum);
   // strips-inl.h
@@ -83,6 +93,8 @@ struct GemmKernel {
     return functions[static_cast<int>(dtype)];
   }
   bool takes(DType dtype) const { return of(dtype).epilogue != nullptr; }
+  /// What a row or column of a panel of kc takes, in accumulators.
+  std::int64_t row_size(std::int64_t kc) const { return (kc + kr - 1) / kr * places + known; }
 };
 
 struct ElementwiseKernel {
@@ -121,6 +133,7 @@ IsaKernels portable_kernels();
 IsaKernels avx2_kernels();
 IsaKernels avx512_kernels();
 IsaKernels avx512_bf16_kernels();
+IsaKernels amx_kernels();
 #endif
 
 /// The first row, of the active ISA or one before it, that accepts the product; last_kernel() then

@@ -1,8 +1,31 @@
 #include "layer.h"
 
+#include <ATen/Context.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
 namespace neuron_ext {
 
 namespace {
+
+/// What torch's own products of f32 on the CPU go by: torch.set_float32_matmul_precision sets it,
+/// and torch.backends.mkldnn.matmul.fp32_precision by itself.
+Precision precision_of_f32() {
+  if (f32_is_strict()) return Precision::kStrict;
+  switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL)) {
+    case at::Float32Precision::BF16:
+      return Precision::kMedium;
+    case at::Float32Precision::TF32:
+      return Precision::kHigh;
+    default:
+      return Precision::kHighest;
+  }
+}
+
+// Multiply-adds below which nothing is gained by less precision, and asking for it takes time.
+constexpr double kAnyPrecision = 1 << 17;
 
 RowsView transposed(const RowsView& view) {
   return {view.owner, view.data, view.columns, view.rows, view.column_stride, view.row_stride};
@@ -40,11 +63,27 @@ struct Product {
 
   void run(DType dtype) {
     desc.dtype = dtype;
+    if (dtype == DType::kFloat32 &&
+        static_cast<double>(desc.m) * static_cast<double>(desc.n) * static_cast<double>(desc.k) >=
+            kAnyPrecision) {
+      desc.precision = precision_of_f32();
+    }
     cpu::gemm(desc, at, at_parallel_for());
   }
 };
 
 }  // namespace
+
+bool f32_is_strict() {
+  static const bool strict = [] {
+    const char* value = std::getenv("NEURON_EXT_FP32");
+    if (value == nullptr || *value == '\0') return false;
+    if (std::string(value) == "strict") return true;
+    throw std::invalid_argument("NEURON_EXT_FP32=" + std::string(value) +
+                                ": strict is all it can be set to");
+  }();
+  return strict;
+}
 
 void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::Tensor& bias,
            void* y) {

@@ -18,6 +18,10 @@ inline bool kernels_take(const at::Tensor& input, const at::Tensor& weight,
          weight.dim() == 2 && (!bias.defined() || is_row_bias(bias, input));
 }
 
+/// Whether NEURON_EXT_FP32=strict asks for products of f32 as f32 multiply-adds, whatever torch's
+/// precision is set to. Throws std::invalid_argument where it's set to something else.
+bool f32_is_strict();
+
 /// y = f(x Wᵀ + b), y contiguous; bias a vector or undefined.
 void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::Tensor& bias,
            void* y);

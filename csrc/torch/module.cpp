@@ -8,6 +8,7 @@
 #include <torch/version.h>
 
 #include "glue.h"
+#include "layer.h"
 #include "neuron_ext/cpu.h"
 #include "neuron_ext/last_kernel.h"
 #include "ops.h"
@@ -192,8 +193,9 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using namespace neuron_ext;
   module.doc() = "Compiled part of neuron_ext; see neuron_ext.functional and neuron_ext.backends.";
-  cpu::active_isa();  // a NEURON_EXT_CPU_ISA that can't be obeyed is an error now, not in the first
-                      // call
+  // Variables that can't be obeyed are errors now, not in the first call.
+  cpu::active_isa();
+  f32_is_strict();
   register_library();
   if (PyModule_AddFunctions(module.ptr(), operations) != 0) throw pybind11::error_already_set();
   module.def("cpu_isa", [] { return cpu::name_of(cpu::active_isa()); });

@@ -13,6 +13,7 @@ from neuron_ext.cli import machine
 
 _ENVIRONMENT = {
     "NEURON_EXT_CPU_ISA": "best instruction set to use",
+    "NEURON_EXT_FP32": "strict: float32 products by float32 arithmetic",
     "NEURON_EXT_LOG": "1: print each kernel choice once",
     "NEURON_EXT_CUDA": "when building: 0 without, 1 with CUDA",
     "OMP_NUM_THREADS": "threads for CPU kernels",

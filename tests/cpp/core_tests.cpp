@@ -544,7 +544,7 @@ bool throws_naming(const std::function<void()>& f, const std::string& what) {
 
 void test_isas(const std::string& program) {
   CHECK(!supported_isas().empty() && supported_isas()[0] == Isa::kPortable, "portable is missing");
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx}) {
     CHECK(parse_isa(name_of(isa)) == isa, name_of(isa));
     const std::vector<Isa> supported = supported_isas();
     const bool runs = std::find(supported.begin(), supported.end(), isa) != supported.end();
@@ -560,9 +560,11 @@ void test_isas(const std::string& program) {
   }
   CHECK(!parse_isa("AVX2") && !parse_isa(""), "parse_isa takes exact names");
   const std::string command = "NEURON_EXT_CPU_ISA=nonsense '" + program + "' --active-isa";
-  CHECK(std::system(
-            (command + " | grep -q 'nonsense.*portable, avx2, avx512, avx512_bf16'").c_str()) == 0,
-        command);
+  CHECK(
+      std::system(
+          (command + " | grep -q 'nonsense.*portable, avx2, avx512, avx512_bf16, amx'").c_str()) ==
+          0,
+      command);
 
   for (const KernelInfo& kernel : kernels()) {
     CHECK(!kernel.dtypes.empty(), kernel.name);

@@ -19,6 +19,7 @@
 #include "neuron_ext/cpu.h"
 #include "neuron_ext/last_kernel.h"
 #include "reference.h"
+#include "registry.h"
 
 namespace neuron_ext::testing {
 
@@ -149,6 +150,16 @@ struct Product {
   static constexpr std::int64_t kGuard = 40;  // poisoned elements around each output
 
   Result compute(const ParallelFor& parallel_for) const {
+    return compute_by([&](const GemmPointers& at) { gemm(desc, at, parallel_for); });
+  }
+
+  /// By a row that needn't be the one to be chosen.
+  Result compute(const GemmKernel& row, const ParallelFor& parallel_for) const {
+    return compute_by([&](const GemmPointers& at) { row.run(row, desc, at, parallel_for); });
+  }
+
+  template <class F>
+  Result compute_by(const F& compute) const {
     const std::int64_t size = size_of(desc.dtype);
     Result result;
     result.d.assign((desc.m * desc.d_stride_m + 2 * kGuard) * size, std::byte{0xa5});
@@ -156,7 +167,7 @@ struct Product {
     GemmPointers at = inputs;
     at.d = result.d.data() + kGuard * size;
     at.a_sum = result.a_sum.data() + kGuard * size;
-    gemm(desc, at, parallel_for);
+    compute(at);
     return result;
   }
 

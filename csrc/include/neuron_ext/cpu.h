@@ -18,9 +18,9 @@ namespace neuron_ext::cpu {
 
 /// In order of preference, worst first: an ISA's rows may be used on a machine that has it and
 /// whatever stands before it.
-enum class Isa : std::uint8_t { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa : std::uint8_t { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-const char* name_of(Isa isa);                         // "portable", "avx2", "avx512", "avx512_bf16"
+const char* name_of(Isa isa);  // "portable", "avx2", "avx512", "avx512_bf16", "amx"
 std::optional<Isa> parse_isa(std::string_view name);  // the inverse; nullopt for anything else
 std::vector<Isa> supported_isas();                    // what this CPU and operating system can run
 
@@ -58,7 +58,7 @@ struct Packing {
 };
 
 /// How the B of this product would be packed, by the best kernel that packs it. Of `desc`, only n,
-/// k, b's strides and the dtype matter.
+/// k, b's strides, the dtype, the precision and, for the choice of the kernel, m matter.
 Packing packing_of(const GemmDesc& desc);
 
 /// Packs b into `packed`, of packing.bytes and aligned to a cache line, for GemmPointers::packed_b.

@@ -27,6 +27,7 @@ namespace neuron_ext {
 struct GemmDesc {
   std::int64_t m = 0, n = 0, k = 0;
   DType dtype = DType::kFloat32;  // of A, B, D, bias, saved and a_sum alike
+  Precision precision = Precision::kHighest;
 
   std::int64_t a_stride_m = 0, a_stride_k = 1;
   std::int64_t b_stride_k = 1, b_stride_n = 0;
@@ -58,7 +59,8 @@ struct GemmPointers {
   const void* bias = nullptr;
   const void* saved = nullptr;
   void* a_sum = nullptr;
-  // What cpu::pack_b made of B, of the same n, k and dtype: then its kernel runs, and b isn't read.
+  // What cpu::pack_b made of B, of the same n, k and dtype: then its kernel runs, and b is read
+  // only for values that the kernel leaves to another (none, if b has none that are special).
   const void* packed_b = nullptr;
 };
 

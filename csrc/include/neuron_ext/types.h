@@ -43,4 +43,28 @@ constexpr const char* name_of(DType dtype) {
   return "?";
 }
 
+/// How closely products of f32 are computed: what torch.set_float32_matmul_precision sets, and
+/// below it the choice between ways to full precision. Larger is faster. Other dtypes know no
+/// choice.
+enum class Precision : std::uint8_t {
+  kStrict,   // as f32 multiply-adds
+  kHighest,  // no less accurate than those; on bf16 engines as six products of bf16
+  kHigh,     // at least 15 bits of every product: three of bf16
+  kMedium,   // 7 bits: one
+};
+
+constexpr const char* name_of(Precision precision) {
+  switch (precision) {
+    case Precision::kStrict:
+      return "strict";
+    case Precision::kHighest:
+      return "highest";
+    case Precision::kHigh:
+      return "high";
+    case Precision::kMedium:
+      return "medium";
+  }
+  return "?";
+}
+
 }  // namespace neuron_ext
