@@ -134,12 +134,23 @@ Tensor sigmoid_backward_cpu(const Tensor& grad_output, const Tensor& output) {
   if (!kernels_take(grad_output, output)) return sigmoid_backward_aten(grad_output, output);
   check_sigmoid_backward(grad_output, output);
   Tensor grad_input = with_large_pages(empty_elementwise(output));
+  const DType dtype = dtype_of(output);
+  if (output.is_non_overlapping_and_dense() && grad_output.strides() == output.strides()) {
+    const auto* dy = static_cast<const char*>(grad_output.const_data_ptr());
+    const auto* y = static_cast<const char*>(output.const_data_ptr());
+    auto* dx = static_cast<char*>(grad_input.mutable_data_ptr());
+    at_parallel_for()(output.numel(), kGrain, [=](std::int64_t begin, std::int64_t end) {
+      const std::int64_t offset = begin * size_of(dtype);
+      cpu::activate_backward(Activation::kSigmoid, dtype, end - begin, dy + offset, 1, y + offset,
+                             1, dx + offset, 1);
+    });
+    return grad_input;
+  }
   auto iterator = at::TensorIteratorConfig()
                       .add_output(grad_input)
                       .add_const_input(grad_output)
                       .add_const_input(output)
                       .build();
-  const DType dtype = dtype_of(output);
   for_each_run<3>(iterator, dtype, [dtype](char** at, const std::int64_t* strides, std::int64_t n) {
     cpu::activate_backward(Activation::kSigmoid, dtype, n, at[1], strides[1], at[2], strides[2],
                            at[0], strides[0]);
