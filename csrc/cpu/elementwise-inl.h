@@ -7,6 +7,15 @@ namespace {
 // Strided arrays pass through buffers of this many elements on the stack.
 constexpr std::int64_t kElementwiseBlock = 256;
 
+template <class V, class T, class F>
+struct Forward {
+  Reg<V> operator()(Reg<V> x) const { return F::template apply<V, T>(x); }
+};
+template <class V, class F>
+struct Backward {
+  Reg<V> operator()(Reg<V> dy, Reg<V> y) const { return F::template gradient<V>(dy, y); }
+};
+
 /// y[i] = f(x[i], ...) over contiguous arrays. The last few go through the same vector code, so
 /// that an element's result doesn't depend on its place.
 template <class V, class T, class F, class... Inputs>
@@ -14,6 +23,28 @@ void map_contiguous(std::int64_t n, T* y, const F& f, const Inputs*... x) {
   std::int64_t i = 0;
   for (; i + V::kLanes <= n; i += V::kLanes) store<V>(y + i, f(load<V>(x + i)...));
   if (i < n) store<V>(y + i, f(load_partial<V>(x + i, n - i)...), n - i);
+}
+
+/// The same for the sigmoid, in blocks whose halves go through it one after the other. Each half's
+/// chain of dependent operations is half as long, and so twice as many vectors are on their way at
+/// once: what limits the whole is not the arithmetic but how far ahead a CPU looks for work.
+template <class V, class T>
+void map_contiguous(std::int64_t n, T* y, const Forward<V, T, Sigmoid>& f, const T* x) {
+  constexpr int kVectors = 16;
+  constexpr std::int64_t kBlock = kVectors * V::kLanes;
+  for (; n >= kBlock; n -= kBlock, x += kBlock, y += kBlock) {
+    Exponential<V> begun[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      begun[v] = Sigmoid::begin<V, T>(load<V>(x + v * V::kLanes));
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      store<V>(y + v * V::kLanes, Sigmoid::finish<V, T>(begun[v]));
+    }
+  }
+  for (; n > 0; n -= V::kLanes, x += V::kLanes, y += V::kLanes) {
+    const std::int64_t count = n < V::kLanes ? n : V::kLanes;
+    store<V>(y, f(load<V>(x, 1, count)), count);
+  }
 }
 
 template <class T>
@@ -44,15 +75,6 @@ void map_strided(std::int64_t n, T* y, std::int64_t y_stride, const F& f,
     for (std::int64_t i = 0; i < count; ++i) y[(begin + i) * y_stride] = results[i];
   }
 }
-
-template <class V, class T, class F>
-struct Forward {
-  Reg<V> operator()(Reg<V> x) const { return F::template apply<V, T>(x); }
-};
-template <class V, class F>
-struct Backward {
-  Reg<V> operator()(Reg<V> dy, Reg<V> y) const { return F::template gradient<V>(dy, y); }
-};
 
 template <class V, class T>
 void activate(Activation activation, std::int64_t n, const void* x, std::int64_t x_stride, void* y,

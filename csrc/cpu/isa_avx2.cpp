@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -36,6 +37,10 @@ struct VectorF32 {
   static Reg multiply_add(Reg a, Reg b, Reg c) { return fma(a, b, c); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Words<VectorF32> lookup(const std::uint32_t (&table)[8], Words<VectorF32> i) {
+    return reinterpret_cast<Words<VectorF32>>(_mm256_permutevar8x32_epi32(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)), reinterpret_cast<__m256i>(i)));
+  }
   static Reg widen(Halves<VectorF32> h) { return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h)); }
   static Halves<VectorF32> narrow(Reg x) {
     return reinterpret_cast<Halves<VectorF32>>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -53,6 +58,17 @@ struct VectorF64 {
   static Reg multiply_add(Reg a, Reg b, Reg c) { return fma(a, b, c); }
   static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
   static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
+  static Words<VectorF64> lookup(const std::uint64_t (&table)[8], Words<VectorF64> i) {
+    // Four of the table at a time, by the places of their halves.
+    const Words<VectorF64> low = (i & 3) << 1;
+    const auto halves = reinterpret_cast<__m256i>(low | low << 32 | std::uint64_t{1} << 32);
+    const auto* const quarters = reinterpret_cast<const __m256i*>(table);
+    const __m256i first = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(quarters), halves);
+    const __m256i second = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(quarters + 1), halves);
+    return reinterpret_cast<Words<VectorF64>>(_mm256_blendv_pd(reinterpret_cast<__m256d>(first),
+                                                               reinterpret_cast<__m256d>(second),
+                                                               reinterpret_cast<__m256d>(i << 61)));
+  }
 };
 
 constexpr Isa kIsa = Isa::kAvx2;

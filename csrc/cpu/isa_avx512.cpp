@@ -13,6 +13,7 @@
 #endif
 
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <type_traits>
 #include <utility>

@@ -1,5 +1,6 @@
 // Kernels for any machine: vectors of 16 bytes, which every compiler maps to what the baseline has.
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -35,6 +36,11 @@ struct Vector {
 #else
     return a * b + c;
 #endif
+  }
+  template <class Word, class Indices>
+  static Indices lookup(const Word (&table)[8], Indices i) {
+    for (int lane = 0; lane < kLanes; ++lane) i[lane] = table[i[lane] % 8];
+    return i;
   }
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }

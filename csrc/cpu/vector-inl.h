@@ -7,6 +7,7 @@
 //   fma(a, b, c)            a b + c, rounded once
 //   multiply_add(a, b, c)   a b + c, in the fastest way
 //   min(a, b), max(a, b)    b where either is nan
+//   lookup(table, i)        table[i mod 8]
 //   widen(h), narrow(x)     f16 bits to and from f32; only where Scalar is float
 //   to_bf16(x)              the bf16 nearest to x, if the ISA can do it; the same for f32
 //   load_partial(p, count), store_partial(p, x, count)

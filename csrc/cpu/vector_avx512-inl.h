@@ -15,6 +15,12 @@ struct VectorF32 {
   static Reg multiply_add(Reg a, Reg b, Reg c) { return fma(a, b, c); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Words<VectorF32> lookup(const std::uint32_t (&table)[8], Words<VectorF32> i) {
+    const __m512i twice =
+        _mm512_broadcast_i32x8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+    return reinterpret_cast<Words<VectorF32>>(
+        _mm512_permutexvar_epi32(reinterpret_cast<__m512i>(i), twice));
+  }
   static Reg widen(Halves<VectorF32> h) { return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h)); }
   static Halves<VectorF32> narrow(Reg x) {
     return reinterpret_cast<Halves<VectorF32>>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -39,6 +45,10 @@ struct VectorF64 {
   static Reg multiply_add(Reg a, Reg b, Reg c) { return fma(a, b, c); }
   static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
   static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
+  static Words<VectorF64> lookup(const std::uint64_t (&table)[8], Words<VectorF64> i) {
+    return reinterpret_cast<Words<VectorF64>>(
+        _mm512_permutexvar_epi64(reinterpret_cast<__m512i>(i), _mm512_loadu_si512(table)));
+  }
   static Reg load_partial(const double* p, std::int64_t count) {
     return _mm512_maskz_loadu_pd(first(count), p);
   }
