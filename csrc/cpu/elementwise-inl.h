@@ -10,10 +10,14 @@ constexpr std::int64_t kElementwiseBlock = 256;
 template <class V, class T, class F>
 struct Forward {
   Reg<V> operator()(Reg<V> x) const { return F::template apply<V, T>(x); }
+  Two<V> operator()(const Two<V>& x) const { return {(*this)(x.first), (*this)(x.second)}; }
 };
 template <class V, class F>
 struct Backward {
   Reg<V> operator()(Reg<V> dy, Reg<V> y) const { return F::template gradient<V>(dy, y); }
+  Two<V> operator()(const Two<V>& dy, const Two<V>& y) const {
+    return {(*this)(dy.first, y.first), (*this)(dy.second, y.second)};
+  }
 };
 
 /// y[i] = f(x[i], ...) over contiguous arrays. The last few go through the same vector code, so
@@ -21,8 +25,13 @@ struct Backward {
 template <class V, class T, class F, class... Inputs>
 void map_contiguous(std::int64_t n, T* y, const F& f, const Inputs*... x) {
   std::int64_t i = 0;
-  for (; i + V::kLanes <= n; i += V::kLanes) store<V>(y + i, f(load<V>(x + i)...));
-  if (i < n) store<V>(y + i, f(load_partial<V>(x + i, n - i)...), n - i);
+  for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
+    store_two<V>(y + i, f(load_two<V>(x + i)...));
+  }
+  for (; i < n; i += V::kLanes) {
+    const std::int64_t count = n - i < V::kLanes ? n - i : V::kLanes;
+    store<V>(y + i, f(load<V>(x + i, 1, count)...), count);
+  }
 }
 
 /// The same for the sigmoid, in blocks whose halves go through it one after the other. Each half's
@@ -34,11 +43,14 @@ void map_contiguous(std::int64_t n, T* y, const Forward<V, T, Sigmoid>& f, const
   constexpr std::int64_t kBlock = kVectors * V::kLanes;
   for (; n >= kBlock; n -= kBlock, x += kBlock, y += kBlock) {
     Exponential<V> begun[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      begun[v] = Sigmoid::begin<V, T>(load<V>(x + v * V::kLanes));
+    for (int v = 0; v < kVectors; v += 2) {
+      const Two<V> two = load_two<V>(x + v * V::kLanes);
+      begun[v] = Sigmoid::begin<V, T>(two.first);
+      begun[v + 1] = Sigmoid::begin<V, T>(two.second);
     }
-    for (int v = 0; v < kVectors; ++v) {
-      store<V>(y + v * V::kLanes, Sigmoid::finish<V, T>(begun[v]));
+    for (int v = 0; v < kVectors; v += 2) {
+      store_two<V>(y + v * V::kLanes,
+                   Two<V>{Sigmoid::finish<V, T>(begun[v]), Sigmoid::finish<V, T>(begun[v + 1])});
     }
   }
   for (; n > 0; n -= V::kLanes, x += V::kLanes, y += V::kLanes) {

@@ -17,7 +17,7 @@ struct ExpConstants<float> {
   // K e^-r - 1, from a Remez exchange (2^-33.5 of e^-r).
   static constexpr float kRest[] = {-0x1.4fadf6p-9f, -0x1.feb052p-1f, 0x1.feb052p-2f,
                                     -0x1.547fc6p-3f, 0x1.547f18p-5f};
-  // The bits of K 2^(j / 8 + kHeadroom), less j << kPowerShift.
+  // The bits of K 2^(j / 8) / kHeadroomScale, less j << kPowerShift.
   static constexpr std::uint32_t kPowers[] = {0x4f7f5829, 0x4f7b3a3e, 0x4f77d424, 0x4f759202,
                                               0x4f748e45, 0x4f74e5be, 0x4f76b7da, 0x4f7a26de};
   static constexpr int kPowerShift = 20, kMantissaBits = 23;
@@ -46,7 +46,8 @@ struct ExpConstants<double> {
   static constexpr double kLowest = -747, kHighest = 400;
 };
 
-/// K e^x as a quotient: power / (1 + rest), where power is kHeadroom binades too large.
+/// e^x as a quotient, power / (1 + rest), with power K 2^(k / 8), times 1 / kHeadroomScale, and
+/// 1 + rest K e^-r.
 template <class V>
 struct Exponential {
   Reg<V> power, rest;
@@ -78,10 +79,10 @@ template <class V, bool kTo16Bits>
   return {reinterpret_cast<Reg<V>>(power), rest};
 }
 
-/// 1 / (1 + e^-x), within 0.81 ULP (f32) and 0.8 ULP (f64) for every x, results below the normal
-/// range included, of e^x.
+/// 1 / (1 + e^-x), within 0.79 ULP (f32) and 0.8 ULP (f64) for every x, results below the normal
+/// range included.
 ///
-/// It is P / D, where P is the power and D = P + 1 + rest. P + 1 is carried as a sum of two
+/// It is P / D, where P is the power and D = P + (1 + rest). P + 1 is carried as a sum of two
 /// numbers, so that with the small rest D is known far beyond its last bit; one division and a
 /// residual step leave the last rounding as nearly all of the error. No step depends on the sign of
 /// x, and the power, kept too large until the end so that it is always a normal number, makes a

@@ -149,13 +149,18 @@ void store(Scalar<V>* p, Reg<V> x) {
   __builtin_memcpy(p, &x, sizeof x);
 }
 
+/// In the upper halves: the bf16 nearest to x, unless that is a nan with bits in its lower half.
+template <class V>
+Words<V> round_to_bf16(Reg<V> x) {
+  const auto bits = reinterpret_cast<Words<V>>(x);
+  return bits + 0x7fff + (bits >> 16 & 1);
+}
+
 /// The bf16 nearest to x, by integer arithmetic.
 template <class V>
 Halves<V> nearest_bf16(Reg<V> x) {
-  const auto bits = reinterpret_cast<Words<V>>(x);
-  const Words<V> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Words<V> quieted = bits >> 16 | 0x40;
-  return __builtin_convertvector(x == x ? rounded : quieted, Halves<V>);
+  const Words<V> quieted = reinterpret_cast<Words<V>>(x) >> 16 | 0x40;
+  return __builtin_convertvector(x == x ? round_to_bf16<V>(x) >> 16 : quieted, Halves<V>);
 }
 
 template <class V>
@@ -191,6 +196,42 @@ void store(T* p, Reg<V> x, std::int64_t count) {
     store<V>(lanes, x);
     for (std::int64_t i = 0; i < count; ++i) p[i] = lanes[i];
   }
+}
+
+// ---- two vectors at once, for what doesn't care about the order of elements
+// ----------------------
+
+template <class V>
+struct Two {
+  Reg<V> first, second;
+};
+
+template <class V, class T>
+Two<V> load_two(const T* p) {
+  return {load<V>(p), load<V>(p + V::kLanes)};
+}
+
+/// Elements of even index, then those of odd: none has to cross lanes.
+template <class V>
+Two<V> load_two(const BFloat16* p) {
+  Words<V> pairs;
+  __builtin_memcpy(&pairs, p, sizeof pairs);
+  return {lower<V>(pairs), upper<V>(pairs)};
+}
+
+/// In the order of load_two. What is stored was computed from T, so that the lower half of a nan is
+/// zero.
+template <class V, class T>
+void store_two(T* p, const Two<V>& x) {
+  store<V>(p, x.first);
+  store<V>(p + V::kLanes, x.second);
+}
+
+template <class V>
+void store_two(BFloat16* p, const Two<V>& x) {
+  const Words<V> pairs =
+      round_to_bf16<V>(x.first) >> 16 | (round_to_bf16<V>(x.second) & 0xffff0000);
+  __builtin_memcpy(p, &pairs, sizeof pairs);
 }
 
 // ---- across lanes -------------------------------------------------------------------------------
