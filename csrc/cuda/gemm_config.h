@@ -20,4 +20,6 @@ struct GemmKernel {
              Stream stream);
 };
 
+extern const GemmKernel gemm_simt;
+
 }  // namespace neuron_ext::cuda

@@ -58,6 +58,10 @@ NEURON_EXT_DEVICE float widen(Float16 x) {
 #endif
 }
 
+/// The type in which sums of T are formed.
+template <class T>
+using Accumulator = decltype(widen(T{}));
+
 /// narrow<T>(x): the nearest T.
 template <class T, class S>
 NEURON_EXT_DEVICE T narrow(S x) {

@@ -67,4 +67,20 @@ constexpr const char* name_of(Precision precision) {
   return "?";
 }
 
+/// Calls f with a null pointer of the storage type that `dtype` names.
+template <class F>
+auto visit_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Float16*>(nullptr));
+    case DType::kFloat32:
+      break;
+  }
+  return f(static_cast<float*>(nullptr));
+}
+
 }  // namespace neuron_ext

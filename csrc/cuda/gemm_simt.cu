@@ -1,0 +1,324 @@
+// The matrix product without tensor cores: any strides, any size, every dtype, and exact f32. What
+// no other kernel takes ends here.
+//
+// 256 threads form a square of 16 x 16; each holds a square of sums in registers. Both operands'
+// tiles lie in shared memory as sums are formed from them, widened, with the prologue applied, k by
+// k. While one pair of tiles is multiplied, the next is on its way in registers.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "activation.cuh"
+#include "gemm_config.h"
+#include "ptx/global.cuh"
+#include "ptx/launch.cuh"
+#include "ptx/sync.cuh"
+
+namespace neuron_ext::cuda {
+namespace {
+
+constexpr int kSide = 16, kThreads = kSide * kSide;
+
+// f32 terms are summed 128 at a time, then those sums are added: with one running sum the error
+// would grow with k. A multiple of a tile's.
+constexpr int kSumK = 128;
+
+/// The tile of D of a block: kGroups squares of 16 bytes per thread and side, which lie kSide x 16
+/// bytes apart, so that neighbouring threads read neighbouring 16 bytes of shared memory.
+template <class T, int kGroups>
+struct Tile {
+  using S = Accumulator<T>;
+  static constexpr int kVector = sizeof(ptx::Bytes16) / sizeof(S);
+  static constexpr int kThread = kVector * kGroups;  // rows and columns of a thread
+  static constexpr int kSize = kSide * kThread;      // rows and columns of the tile
+  static constexpr int kK = 16;
+  static constexpr int kPitch = kSize + kVector;        // of a row of one k in shared memory
+  static constexpr int kLoads = kSize * kK / kThreads;  // elements of an operand per thread
+
+  /// Row r (or column) of a thread's, as one of the tile's.
+  static NEURON_EXT_DEVICE int place(int r, int side) {
+    return r / kVector * (kSide * kVector) + side * kVector + r % kVector;
+  }
+};
+
+/// How k is cut where D has too few tiles to occupy a GPU: chunks' sums go to the workspace, and a
+/// second kernel adds them in order. Given by the shape, so that results don't depend on the GPU.
+struct Cut {
+  int groups;  // of Tile
+  std::int64_t tiles_m, tiles_n;
+  std::int64_t chunk_k, chunks;
+};
+
+std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
+
+Cut cut_of(const GemmDesc& desc) {
+  constexpr std::int64_t kWholeGpu = 128;  // blocks that occupy it
+  constexpr std::int64_t kShortestChunk = 512;
+  const int side = desc.dtype == DType::kFloat64 ? Tile<double, 1>::kSize : Tile<float, 1>::kSize;
+  // Without rows or columns one tile is left: A may have row sums, and an empty grid is an error.
+  const auto tiles_for = [&](std::int64_t count, int groups) {
+    return std::max<std::int64_t>(1, divide_up(count, groups * side));
+  };
+  Cut cut = {};
+  cut.groups = tiles_for(desc.m, 2) * tiles_for(desc.n, 2) >= kWholeGpu ? 2 : 1;
+  cut.tiles_m = tiles_for(desc.m, cut.groups);
+  cut.tiles_n = tiles_for(desc.n, cut.groups);
+  const std::int64_t tiles = cut.tiles_m * cut.tiles_n;
+  const std::int64_t wanted =
+      std::clamp<std::int64_t>(desc.k / kShortestChunk, 1, divide_up(2 * kWholeGpu, tiles));
+  cut.chunk_k = std::max<std::int64_t>(kSumK, divide_up(divide_up(desc.k, wanted), kSumK) * kSumK);
+  cut.chunks = std::max<std::int64_t>(1, divide_up(desc.k, cut.chunk_k));
+  return cut;
+}
+
+struct Problem {
+  GemmDesc desc;
+  GemmPointers at;
+  Cut cut;
+  void* sums;  // of chunks: d (chunk, m, n), then a_sum (chunk, m); null if there is one chunk
+};
+
+// ---- an operand on its way to shared memory
+// -------------------------------------------------------------
+
+/// Elements (mn, k) of a tile, in the order in which memory has them: neighbouring threads take
+/// neighbours along k, or along m or n.
+template <class T, int kGroups>
+struct Place {
+  using C = Tile<T, kGroups>;
+  bool along_k;
+
+  NEURON_EXT_DEVICE int mn(int load) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    return along_k ? thread / C::kK + load * (kThreads / C::kK) : thread % C::kSize;
+  }
+  NEURON_EXT_DEVICE int k(int load) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    return along_k ? thread % C::kK : thread / C::kSize + load * (kThreads / C::kSize);
+  }
+};
+
+template <class T, int kGroups>
+NEURON_EXT_DEVICE void load_tile(T (&elements)[Tile<T, kGroups>::kLoads],
+                                 const Place<T, kGroups>& place, const void* base,
+                                 std::int64_t stride_mn, std::int64_t stride_k, std::int64_t mn0,
+                                 std::int64_t mn_end, std::int64_t k0, std::int64_t k_end) {
+  const T* const first = static_cast<const T*>(base) + mn0 * stride_mn + k0 * stride_k;
+#pragma unroll
+  for (int l = 0; l < Tile<T, kGroups>::kLoads; ++l) {
+    const int mn = place.mn(l), k = place.k(l);
+    const bool inside = mn0 + mn < mn_end && k0 + k < k_end;
+    elements[l] = inside ? first[mn * stride_mn + k * stride_k] : T{};
+  }
+}
+
+// ---- a sum on its way to D
+// ---------------------------------------------------------------------------
+
+template <class T>
+NEURON_EXT_DEVICE void finish(const Problem& problem, std::int64_t i, std::int64_t j,
+                              Accumulator<T> sum) {
+  const GemmDesc& desc = problem.desc;
+  if (desc.has_bias) {
+    sum += ptx::widen(static_cast<const T*>(problem.at.bias)[j * desc.bias_stride]);
+  }
+  static_cast<T*>(problem.at.d)[i * desc.d_stride_m + j] =
+      ptx::narrow<T>(apply<T>(desc.epilogue, sum));
+}
+
+// ---- the product
+// ----------------------------------------------------------------------------------------
+
+template <class T, int kGroups>
+__global__ void __launch_bounds__(kThreads)
+    gemm_simt_kernel(const __grid_constant__ Problem problem) {
+  using C = Tile<T, kGroups>;
+  using S = typename C::S;
+  NEURON_EXT_SHARED(S, a_tiles, [2][C::kK][C::kPitch]);
+  NEURON_EXT_SHARED(S, b_tiles, [2][C::kK][C::kPitch]);
+
+  const GemmDesc& desc = problem.desc;
+  const Cut& cut = problem.cut;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int ty = thread / kSide, tx = thread % kSide;
+  const Place<T, kGroups> a_place{desc.a_stride_k == 1}, b_place{desc.b_stride_k == 1};
+  const bool has_prologue = desc.prologue != Activation::kIdentity;
+
+  const std::int64_t tiles = cut.tiles_m * cut.tiles_n;
+  for (std::int64_t task = blockIdx.x; task < tiles * cut.chunks; task += gridDim.x) {
+    const std::int64_t chunk = task / tiles, tile = task % tiles;
+    const std::int64_t i0 = tile % cut.tiles_m * C::kSize, j0 = tile / cut.tiles_m * C::kSize;
+    const std::int64_t k_begin = chunk * cut.chunk_k;
+    const std::int64_t k_end = k_begin + cut.chunk_k < desc.k ? k_begin + cut.chunk_k : desc.k;
+    const bool sums_a = desc.has_a_sum && j0 == 0 && thread < C::kSize;
+
+    T a_next[C::kLoads], b_next[C::kLoads], saved_next[C::kLoads];
+    const auto load = [&](std::int64_t k0) {
+      load_tile<T, kGroups>(a_next, a_place, problem.at.a, desc.a_stride_m, desc.a_stride_k, i0,
+                            desc.m, k0, k_end);
+      load_tile<T, kGroups>(b_next, b_place, problem.at.b, desc.b_stride_n, desc.b_stride_k, j0,
+                            desc.n, k0, k_end);
+      if (!has_prologue) return;
+      load_tile<T, kGroups>(saved_next, a_place, problem.at.saved, desc.saved_stride_m,
+                            desc.saved_stride_k, i0, desc.m, k0, k_end);
+    };
+    const auto store = [&](int buffer) {
+#pragma unroll
+      for (int l = 0; l < C::kLoads; ++l) {
+        S a = ptx::widen(a_next[l]);
+        if (has_prologue) a = gradient(desc.prologue, a, ptx::widen(saved_next[l]));
+        a_tiles[buffer][a_place.k(l)][a_place.mn(l)] = a;
+        b_tiles[buffer][b_place.k(l)][b_place.mn(l)] = ptx::widen(b_next[l]);
+      }
+    };
+
+    S sums[C::kThread][C::kThread] = {}, totals[C::kThread][C::kThread] = {};
+    S a_sum = 0, a_total = 0;
+    if (k_begin < k_end) {
+      load(k_begin);
+      store(0);
+    }
+    ptx::block_sync();
+    int buffer = 0;
+    for (std::int64_t k0 = k_begin; k0 < k_end; k0 += C::kK) {
+      const bool has_next = k0 + C::kK < k_end;
+      if (has_next) load(k0 + C::kK);
+#pragma unroll
+      for (int k = 0; k < C::kK; ++k) {
+        union Fragment {
+          ptx::Bytes16 vectors[kGroups];
+          S elements[C::kThread];
+        } a, b;
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          a.vectors[g] = ptx::load_16_bytes(&a_tiles[buffer][k][C::place(g * C::kVector, ty)]);
+          b.vectors[g] = ptx::load_16_bytes(&b_tiles[buffer][k][C::place(g * C::kVector, tx)]);
+        }
+#pragma unroll
+        for (int r = 0; r < C::kThread; ++r) {
+#pragma unroll
+          for (int c = 0; c < C::kThread; ++c) {
+            sums[r][c] = ptx::fma(a.elements[r], b.elements[c], sums[r][c]);
+          }
+        }
+      }
+      if (sums_a) {
+        S sum = 0;
+#pragma unroll
+        for (int k = 0; k < C::kK; ++k) sum += a_tiles[buffer][k][thread];
+        a_sum += sum;
+      }
+      if (!has_next || (k0 - k_begin + C::kK) % kSumK == 0) {
+        a_total += a_sum;
+        a_sum = 0;
+#pragma unroll
+        for (int r = 0; r < C::kThread; ++r) {
+#pragma unroll
+          for (int c = 0; c < C::kThread; ++c) {
+            totals[r][c] += sums[r][c];
+            sums[r][c] = 0;
+          }
+        }
+      }
+      buffer ^= 1;
+      if (has_next) store(buffer);  // nobody has read it since the last barrier
+      ptx::block_sync();
+    }
+
+    S* const chunk_sums =
+        problem.sums == nullptr ? nullptr : static_cast<S*>(problem.sums) + chunk * desc.m * desc.n;
+#pragma unroll
+    for (int r = 0; r < C::kThread; ++r) {
+      const std::int64_t i = i0 + C::place(r, ty);
+#pragma unroll
+      for (int c = 0; c < C::kThread; ++c) {
+        const std::int64_t j = j0 + C::place(c, tx);
+        if (i >= desc.m || j >= desc.n) continue;
+        if (chunk_sums != nullptr) {
+          chunk_sums[i * desc.n + j] = totals[r][c];
+        } else {
+          finish<T>(problem, i, j, totals[r][c]);
+        }
+      }
+    }
+    if (sums_a && i0 + thread < desc.m) {
+      if (problem.sums != nullptr) {
+        static_cast<S*>(problem.sums)[(cut.chunks * desc.n + chunk) * desc.m + i0 + thread] =
+            a_total;
+      } else {
+        static_cast<T*>(problem.at.a_sum)[i0 + thread] = ptx::narrow<T>(a_total);
+      }
+    }
+  }
+}
+
+/// D and a_sum from the chunks' sums.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    reduce_chunks_kernel(const __grid_constant__ Problem problem) {
+  using S = Accumulator<T>;
+  const GemmDesc& desc = problem.desc;
+  const std::int64_t elements = desc.m * desc.n;
+  const std::int64_t rows = desc.has_a_sum ? desc.m : 0;
+  const std::int64_t stride = std::int64_t{kThreads} * gridDim.x;
+  const S* const sums = static_cast<const S*>(problem.sums);
+  for (std::int64_t e = std::int64_t{kThreads} * blockIdx.x + threadIdx.x; e < elements + rows;
+       e += stride) {
+    const bool is_row = e >= elements;
+    const S* at = is_row ? sums + problem.cut.chunks * elements + (e - elements) : sums + e;
+    S sum = 0;
+    for (std::int64_t chunk = 0; chunk < problem.cut.chunks; ++chunk) {
+      sum += *at;
+      at += is_row ? desc.m : elements;
+    }
+    if (is_row) {
+      static_cast<T*>(problem.at.a_sum)[e - elements] = ptx::narrow<T>(sum);
+    } else {
+      finish<T>(problem, e / desc.n, e % desc.n, sum);
+    }
+  }
+}
+
+// ---- launch
+// -----------------------------------------------------------------------------------------------
+
+dim3 grid_for(std::int64_t blocks) {
+  constexpr std::int64_t kLimit = 0x7fffffff;
+  return dim3(static_cast<unsigned>(std::min(blocks, kLimit)));
+}
+
+template <class T>
+int run_as(const Problem& problem, Stream stream) {
+  const Cut& cut = problem.cut;
+  const auto kernel = cut.groups == 2 ? gemm_simt_kernel<T, 2> : gemm_simt_kernel<T, 1>;
+  const int error = ptx::launch(
+      kernel, {grid_for(cut.tiles_m * cut.tiles_n * cut.chunks), dim3(kThreads)}, stream, problem);
+  if (error != 0 || problem.sums == nullptr) return error;
+  const std::int64_t count = problem.desc.m * (problem.desc.n + 1);
+  return ptx::launch(reduce_chunks_kernel<T>,
+                     {grid_for(divide_up(count, kThreads)), dim3(kThreads)}, stream, problem);
+}
+
+bool accepts(const GemmDesc&, const GemmPointers&, const Device&) { return true; }
+
+std::size_t workspace(const GemmDesc& desc, const Device&) {
+  const Cut cut = cut_of(desc);
+  if (cut.chunks == 1) return 0;
+  const std::int64_t sum_bytes = desc.dtype == DType::kFloat64 ? 8 : 4;
+  return static_cast<std::size_t>(cut.chunks * desc.m * (desc.n + 1) * sum_bytes);
+}
+
+int run(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device&,
+        Stream stream) {
+  const Cut cut = cut_of(desc);
+  const Problem problem{desc, at, cut, cut.chunks == 1 ? nullptr : workspace};
+  return visit_dtype(desc.dtype, [&]<class T>(T*) { return run_as<T>(problem, stream); });
+}
+
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+
+}  // namespace
+
+const GemmKernel gemm_simt = {"gemm_simt", kDTypes, 0, 999, accepts, workspace, run};
+
+}  // namespace neuron_ext::cuda
