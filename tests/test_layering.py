@@ -46,6 +46,13 @@ def test_layers_know_only_the_public_headers_and_themselves(source: Path) -> Non
     assert layers <= {source.relative_to(CSRC).parts[0], "include", None}
 
 
+def test_torch_side_needs_no_cuda_headers() -> None:
+    """ATen's and c10's for CUDA include cublas, cusparse and cusolver, which few toolkits have."""
+    cuda = re.compile(r"^(ATen/|c10/)?(cuda|cublas|cusparse|cusolver)")
+    for path in sorted((CSRC / "torch").iterdir()):
+        assert [name for name in INCLUDE.findall(code(path)) if cuda.search(name)] == [], path
+
+
 def layer_of(name: str, source: Path) -> str | None:
     """The folder of csrc that an included file is in; None for the standard library's."""
     for folder in (source.parent, CSRC / "include", CSRC):

@@ -85,11 +85,15 @@ c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-/// Says once that a GPU's tensors are computed by ATen.
+/// Says once that a GPU's tensors are always computed by ATen.
 inline void warn_of_cuda(const at::Tensor& input) {
-  if (!input.is_cuda()) return;
+  if (!input.is_cuda() || has_kernels(input.device())) return;
   TORCH_WARN_ONCE(
-      "neuron_ext was built without CUDA kernels: torch computes its operations on CUDA tensors");
+      gpu::kIsBuilt
+          ? "neuron_ext's CUDA kernels need compute capability 8.0, which this GPU hasn't: torch "
+            "computes neuron_ext's operations on its tensors"
+          : "neuron_ext was built without CUDA kernels: torch computes its operations on CUDA "
+            "tensors");
 }
 
 /// Runs `compute`, which calls ATen; its errors get `context()` before them, since ATen speaks of

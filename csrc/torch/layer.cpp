@@ -10,11 +10,12 @@ namespace neuron_ext {
 
 namespace {
 
-/// What torch's own products of f32 on the CPU go by: torch.set_float32_matmul_precision sets it,
-/// and torch.backends.mkldnn.matmul.fp32_precision by itself.
-Precision precision_of_f32() {
+/// What torch's own products of f32 go by: torch.set_float32_matmul_precision sets it, and
+/// torch.backends.mkldnn.matmul.fp32_precision (or cuda's) by itself.
+Precision precision_of_f32(c10::Device device) {
   if (f32_is_strict()) return Precision::kStrict;
-  switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL)) {
+  const auto backend = device.is_cuda() ? at::Float32Backend::CUDA : at::Float32Backend::MKLDNN;
+  switch (at::globalContext().float32Precision(backend, at::Float32Op::MATMUL)) {
     case at::Float32Precision::BF16:
       return Precision::kMedium;
     case at::Float32Precision::TF32:
@@ -61,12 +62,15 @@ struct Product {
     at.d = d;
   }
 
-  void run(DType dtype) {
+  void run(DType dtype, c10::Device device) {
     desc.dtype = dtype;
     if (dtype == DType::kFloat32 &&
         static_cast<double>(desc.m) * static_cast<double>(desc.n) * static_cast<double>(desc.k) >=
             kAnyPrecision) {
-      desc.precision = precision_of_f32();
+      desc.precision = precision_of_f32(device);
+    }
+    if constexpr (gpu::kIsBuilt) {
+      if (device.is_cuda()) return gpu::gemm(desc, at, device);
     }
     cpu::gemm(desc, at, at_parallel_for());
   }
@@ -97,7 +101,7 @@ void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::
     product.desc.bias_stride = bias.stride(0);
     product.at.bias = bias.const_data_ptr();
   }
-  product.run(dtype_of(weight));
+  product.run(dtype_of(weight), weight.device());
 }
 
 void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, void* dx) {
@@ -105,11 +109,11 @@ void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, 
   product.set_a(dy, y);
   product.set_b_and_d(weight.const_data_ptr(), weight.size(1), weight.stride(0), weight.stride(1),
                       dx);
-  product.run(dtype_of(weight));
+  product.run(dtype_of(weight), weight.device());
 }
 
 void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, void* dw, void* db,
-           DType dtype) {
+           DType dtype, c10::Device device) {
   Product product;
   product.set_a(transposed(dy), y.has_value() ? OptionalRows(transposed(*y)) : std::nullopt);
   if (dw != nullptr) {
@@ -117,7 +121,7 @@ void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, voi
   }
   product.desc.has_a_sum = db != nullptr;
   product.at.a_sum = db;
-  product.run(dtype);
+  product.run(dtype, device);
 }
 
 }  // namespace neuron_ext

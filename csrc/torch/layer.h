@@ -1,4 +1,4 @@
-// One layer on the CPU kernels: its three products as GEMMs over tensors that were checked.
+// One layer on the kernels of its device: its three products, of tensors that were checked.
 // The table in neuron_ext/gemm.h says which operand is what.
 #pragma once
 
@@ -31,7 +31,7 @@ void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, 
 
 /// dw = dzᵀ x and db = Σ dz, contiguous; either may be null. Only dw takes x.
 void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, void* dw, void* db,
-           DType dtype);
+           DType dtype, c10::Device device = at::kCPU);
 
 /// Puts `output`, a new tensor, into the graph as a sigmoid layer's result. The bias, a vector or
 /// undefined, only has its place in the graph looked at; weight and input also have their values

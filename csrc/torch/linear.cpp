@@ -137,12 +137,12 @@ Gradients layer_backward_cpu(const Tensor& grad_output, const Tensor& input, con
     dx = empty_rows(grad_output, weight.size(1));
     dgrad(dy, y, weight, dx.mutable_data_ptr());
   }
-  if (mask[1]) dw = empty_cpu({out_features, input.size(-1)}, grad_output.scalar_type());
-  if (mask[2]) db = empty_cpu({out_features}, grad_output.scalar_type());
+  if (mask[1]) dw = new_empty(grad_output, {out_features, input.size(-1)});
+  if (mask[2]) db = new_empty(grad_output, {out_features});
   if (mask[1] || mask[2]) {
     wgrad(dy, y, mask[1] ? OptionalRows(as_rows(input)) : std::nullopt,
           mask[1] ? dw.mutable_data_ptr() : nullptr, mask[2] ? db.mutable_data_ptr() : nullptr,
-          dtype_of(grad_output));
+          dtype_of(grad_output), grad_output.device());
   }
   return grads;
 }
@@ -330,6 +330,7 @@ void register_layer(torch::Library& library, const char* name) {
   library.impl(name, torch::dispatch(DispatchKey::FuncTorchBatched, layer_aten<f>));
   library.impl(name, torch::dispatch(DispatchKey::Batched, layer_aten<f>));
   library.impl(name, torch::dispatch(DispatchKey::CPU, layer_cpu<f>));
+  if (gpu::kIsBuilt) library.impl(name, torch::dispatch(DispatchKey::CUDA, layer_cpu<f>));
   library.impl(name, torch::dispatch(DispatchKey::Meta, layer_meta<f>));
   library.impl(name, torch::dispatch(DispatchKey::Autograd, layer_autograd<f>));
   library.impl(name, torch::dispatch(DispatchKey::AutocastCPU, layer_autocast<f, at::kCPU>));
@@ -344,6 +345,7 @@ void impl_backward(torch::Library& library, const char* name, Function aten, Fun
   library.impl(name, torch::dispatch(DispatchKey::FuncTorchBatched, aten));
   library.impl(name, torch::dispatch(DispatchKey::Batched, aten));
   library.impl(name, torch::dispatch(DispatchKey::CPU, cpu));
+  if (gpu::kIsBuilt) library.impl(name, torch::dispatch(DispatchKey::CUDA, cpu));
   library.impl(name, torch::dispatch(DispatchKey::Meta, meta));
   library.impl(name, torch::dispatch(DispatchKey::Autograd, autograd));
 }

@@ -178,7 +178,7 @@ pybind11::dict build_info() {
 #else
   info["version"] = pybind11::none();
 #endif
-  info["cuda"] = false;
+  info["cuda"] = gpu::kIsBuilt;
 #ifdef _OPENMP
   info["openmp"] = true;
 #else

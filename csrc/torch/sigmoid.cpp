@@ -158,6 +158,25 @@ Tensor sigmoid_backward_cpu(const Tensor& grad_output, const Tensor& output) {
   return grad_input;
 }
 
+#ifdef NEURON_EXT_WITH_CUDA
+Tensor sigmoid_cuda(const Tensor& input) {
+  if (!is_kernel_tensor(input) || !gpu::takes_rank(input)) return sigmoid_aten(input);
+  Tensor output = empty_elementwise(input);
+  gpu::activate(Activation::kSigmoid, input, output);
+  return output;
+}
+
+Tensor sigmoid_backward_cuda(const Tensor& grad_output, const Tensor& output) {
+  if (!kernels_take(grad_output, output) || !gpu::takes_rank(output)) {
+    return sigmoid_backward_aten(grad_output, output);
+  }
+  check_sigmoid_backward(grad_output, output);
+  Tensor grad_input = empty_elementwise(output);
+  gpu::activate_backward(Activation::kSigmoid, grad_output, output, grad_input);
+  return grad_input;
+}
+#endif
+
 Tensor sigmoid_meta(const Tensor& input) {
   return is_kernel_tensor(input) ? empty_elementwise(input) : sigmoid_aten(input);
 }
@@ -243,6 +262,9 @@ void register_sigmoid(torch::Library& library) {
   library.impl("sigmoid", torch::dispatch(DispatchKey::FuncTorchBatched, sigmoid_aten));
   library.impl("sigmoid", torch::dispatch(DispatchKey::Batched, sigmoid_aten));
   library.impl("sigmoid", torch::dispatch(DispatchKey::CPU, sigmoid_cpu));
+#ifdef NEURON_EXT_WITH_CUDA
+  library.impl("sigmoid", torch::dispatch(DispatchKey::CUDA, sigmoid_cuda));
+#endif
   library.impl("sigmoid", torch::dispatch(DispatchKey::Meta, sigmoid_meta));
   library.impl("sigmoid", torch::dispatch(DispatchKey::Autograd, sigmoid_autograd));
 
@@ -253,6 +275,9 @@ void register_sigmoid(torch::Library& library) {
   library.impl(backward, torch::dispatch(DispatchKey::FuncTorchBatched, sigmoid_backward_aten));
   library.impl(backward, torch::dispatch(DispatchKey::Batched, sigmoid_backward_aten));
   library.impl(backward, torch::dispatch(DispatchKey::CPU, sigmoid_backward_cpu));
+#ifdef NEURON_EXT_WITH_CUDA
+  library.impl(backward, torch::dispatch(DispatchKey::CUDA, sigmoid_backward_cuda));
+#endif
   library.impl(backward, torch::dispatch(DispatchKey::Meta, sigmoid_backward_meta));
   library.impl(backward, torch::dispatch(DispatchKey::Autograd, sigmoid_backward_autograd));
 }

@@ -138,10 +138,15 @@ at::Tensor with_large_pages(at::Tensor result) {
   return result;
 }
 
+at::Tensor new_empty(const at::Tensor& like, at::IntArrayRef sizes) {
+  if (like.is_cpu()) return empty_cpu(sizes, like.scalar_type());
+  return at::empty(sizes, like.options());
+}
+
 at::Tensor empty_rows(const at::Tensor& input, std::int64_t features) {
   at::DimVector sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = features;
-  return empty_cpu(sizes, input.scalar_type());
+  return new_empty(input, sizes);
 }
 
 at::Tensor empty_rows_symint(const at::Tensor& input, const c10::SymInt& features) {

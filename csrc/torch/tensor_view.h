@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "gpu.h"
 #include "neuron_ext/gemm.h"
 
 namespace neuron_ext {
@@ -22,10 +23,18 @@ inline bool is_kernel_dtype(at::ScalarType dtype) {
          dtype == at::kHalf;
 }
 
-/// Dense, of a kernel's dtype, and on a device with kernels or on meta (which stands for one).
+/// Whether there are kernels for the device; meta stands for one.
+inline bool has_kernels(c10::Device device) {
+  if constexpr (gpu::kIsBuilt) {
+    if (device.is_cuda()) return gpu::has_kernels(device);
+  }
+  return device.is_cpu() || device.is_meta();
+}
+
+/// Dense, of a kernel's dtype, and on a device with kernels.
 inline bool is_kernel_tensor(const at::Tensor& t) {
   return is_kernel_dtype(t.scalar_type()) && t.layout() == at::kStrided && !t.is_nested() &&
-         (t.device().is_cpu() || t.device().is_meta());
+         has_kernels(t.device());
 }
 
 /// A tensor that kernels take together with `first`, or no tensor at all.
@@ -121,7 +130,10 @@ at::Tensor empty_cpu(at::IntArrayRef sizes, at::ScalarType dtype);
 /// faults that filling it meets become 7.
 at::Tensor with_large_pages(at::Tensor result);
 
-/// (sizes of input but the last, features), contiguous: on the CPU, or wherever input is.
+/// An uninitialised, contiguous tensor like `like` but for its sizes.
+at::Tensor new_empty(const at::Tensor& like, at::IntArrayRef sizes);
+
+/// (sizes of input but the last, features), uninitialised, contiguous, where input is.
 at::Tensor empty_rows(const at::Tensor& input, std::int64_t features);
 at::Tensor empty_rows_symint(const at::Tensor& input, const c10::SymInt& features);
 

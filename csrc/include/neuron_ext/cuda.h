@@ -21,6 +21,8 @@ namespace neuron_ext::cuda {
 /// A cudaStream_t.
 using Stream = void*;
 
+inline constexpr int kLowestSm = 80;  // older GPUs have no kernels
+
 /// What the choice of a kernel depends on besides the problem.
 struct Device {
   int sm = 0;        // compute capability as in sm_90: 90
