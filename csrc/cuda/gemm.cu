@@ -1,0 +1,57 @@
+// The CUDA matrix product, START HERE: which kernel is chosen. What the kernels do is in the
+// gemm_*.cu files, one for each kind of GPU.
+#include <algorithm>
+#include <iterator>
+
+#include "gemm_config.h"
+#include "neuron_ext/last_kernel.h"
+#include "neuron_ext/log.h"
+
+namespace neuron_ext::cuda {
+namespace {
+
+/// In the order in which they're tried; the last one takes everything.
+constexpr const GemmKernel* kKernels[] = {
+    &gemm_simt,
+};
+
+const GemmKernel& choose(const GemmDesc& desc, const GemmPointers& at, const Device& device) {
+  for (const GemmKernel* kernel : kKernels) {
+    if (kernel->lowest_sm <= device.sm && device.sm <= kernel->highest_sm &&
+        std::ranges::find(kernel->dtypes, desc.dtype) != kernel->dtypes.end() &&
+        kernel->accepts(desc, at, device)) {
+      return *kernel;
+    }
+  }
+  return *std::end(kKernels)[-1];
+}
+
+bool is_empty(const GemmDesc& desc) { return desc.m == 0 || (desc.n == 0 && !desc.has_a_sum); }
+
+}  // namespace
+
+std::vector<KernelInfo> kernels() {
+  std::vector<KernelInfo> infos;
+  for (const GemmKernel* kernel : kKernels) {
+    infos.push_back({kernel->name,
+                     {kernel->dtypes.begin(), kernel->dtypes.end()},
+                     kernel->lowest_sm,
+                     kernel->highest_sm});
+  }
+  return infos;
+}
+
+std::size_t gemm_workspace(const GemmDesc& desc, const GemmPointers& at, const Device& device) {
+  return is_empty(desc) ? 0 : choose(desc, at, device).workspace(desc, device);
+}
+
+Status gemm(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device& device,
+            Stream stream) {
+  if (is_empty(desc)) return {};
+  const GemmKernel& kernel = choose(desc, at, device);
+  last_kernel() = kernel.name;
+  if (log_is_on()) log_choice(kernel.name, desc);
+  return {kernel.run(desc, at, workspace, device, stream), kernel.name};
+}
+
+}  // namespace neuron_ext::cuda
