@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from benchmarks import accuracy, ceilings, measure, report
-from benchmarks.cases import all_cases
+from benchmarks.cases import all_cases, gpu_cases
 from benchmarks.machine import describe
 from neuron_ext import backends
 
@@ -37,6 +37,7 @@ examples:
   python -m benchmarks --quick                          under a minute
   python -m benchmarks                                  everything, under 25 minutes on 4 cores
   python -m benchmarks --cases 'square/*' --dtypes f32 --threads 1 --no-compile
+  python -m benchmarks --device cuda --no-compile       on a GPU
   python -m benchmarks accuracy                         errors beside torch's
 
 OMP_WAIT_POLICY=PASSIVE is set for both sides unless it is set already."""
@@ -68,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=tuple(_DTYPES),
         help=f"default: all; with --quick {' and '.join(_QUICK_DTYPES)}",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s"
     )
     parser.add_argument("--large", action="store_true", help="the 4096 cubed products too")
     parser.add_argument(
@@ -109,11 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         isas = [options.isa] if options.isa else list(backends.supported_cpu_isas())
         return accuracy.run(isas, [_DTYPES[name] for name in options.dtypes or _DTYPES])
 
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
     threads = _thread_counts(parser, options.threads)
     patterns = options.cases or ["*"]
     cases = [
         case
-        for case in all_cases()
+        for case in (gpu_cases() if on_gpu else all_cases())
         if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)
         and (case.quick or not options.quick)
         and (options.large or not case.on_demand)
@@ -124,12 +131,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     description = describe()
     print(backends.show_config())
+    machine = (
+        description["gpu"] if on_gpu else f"{description['cpu']}, {description['cores']} cores"
+    )
     print(
-        f"{description['cpu']}, {description['cores']} cores, torch {torch.__version__}, "
+        f"{machine}, torch {torch.__version__}, "
         f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}, load {description['load_average']}"
     )
     print("\nmeasuring what this machine can do at most ...", flush=True)
-    limits = [ceilings.measure(count) for count in threads]
+    limits = [ceilings.measure_gpu()] if on_gpu else [ceilings.measure(n) for n in threads]
     print(report.ceilings_table(limits))
 
     compiled = not options.quick if options.compile is None else options.compile
@@ -142,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = f"{number} of {len(jobs)}: {case.name} {report.short(dtype)}"
             print(f"\r\033[K{status}", end="\r", file=sys.stderr, flush=True)
         late = time.perf_counter() - start > _LAST_COMPILATION
-        line = measure.run(case, dtype, limit, effort, compiled and not late, lines)
+        line = measure.run(case, dtype, limit, effort, compiled and not late, lines, options.device)
         if compiled and late:
             line.not_run["compile"] = f"not after {_LAST_COMPILATION // 60} minutes"
         lines.append(line)
@@ -150,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     minutes = (time.perf_counter() - start) / 60
     print(f"\n{report.summary(lines)}")
-    if not options.large:
+    if not options.large and not on_gpu:
         print("\nnot run: square/4096, which runs on demand (--large)")
     settings = {
         "quick": options.quick,
@@ -162,9 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.write_json(options.json, description, settings, limits, lines)
     print(f"\n{minutes:.1f} minutes. {options.json}", end="")
     try:
-        title = (
-            f"Times faster than eager torch {torch.__version__} (torch/ours)\n"
-            f"{description['cpu']}, {description['isa']}, {description['cores']} cores"
+        title = f"Times faster than eager torch {torch.__version__} (torch/ours)\n" + (
+            machine if on_gpu else f"{machine}, {description['isa']}"
         )
         report.draw(options.png, title, lines)
         print(f", {options.png}")

@@ -66,14 +66,60 @@ def all_cases() -> list[Case]:
     return [
         *_neuron(),
         *_network(),
-        *_square(),
-        *_layer(),
-        *_skinny(),
+        *_square(64, 128, 256, 512, 1024, 2048),
+        *_square(4096, on_demand=True),
+        *_layer((128, 784, 512), (4096, 1024, 1024), (2048, 4096, 4096)),
+        *_skinny(1024, 4096),
         *_narrow(),
         *_strided(),
         *_sigmoid(),
         *_training(),
     ]
+
+
+def gpu_cases() -> list[Case]:
+    """The same kinds of work in sizes that occupy a GPU, and small ones as CUDA graphs too."""
+    small = [*_neuron(), *_network(), *_square(64, 128, 256)]
+    return [
+        *(variant for case in small for variant in (case, _graphed(case))),
+        *_square(512, 1024, 2048, 4096, 6144, 8192),
+        *_layer((8192, 256, 4096), (8192, 512, 4096), (8192, 1024, 8192), (4096, 4096, 1024)),
+        *_skinny(4096, 8192),
+        *_narrow(),
+        *_strided(),
+        *_sigmoid(),
+        *_long_batches(),
+        *_training(),
+    ]
+
+
+def _graphed(case: Case) -> Case:
+    """The case with its calls captured in CUDA graphs."""
+
+    def build(dtype: torch.dtype) -> Problem:
+        problem = case.build(dtype)
+
+        def bind(f: Function) -> Call:
+            call = problem.bind(f)
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = call()
+
+            def replay() -> object:
+                graph.replay()
+                return result
+
+            return replay
+
+        return Problem(problem.ours, problem.torch, bind, problem.grad)
+
+    return Case(f"{case.name}, graph", build, case.work, case.quick, case.on_demand)
 
 
 # ---- one neuron, and the 4-5-7-3 network: what a call costs
@@ -102,39 +148,43 @@ def _neuron() -> Iterator[Case]:
     yield Case("neuron/1x5-1/forward+backward", gradients, _layer_work(1, 5, 1, products=3))
 
 
-def _network() -> Iterator[Case]:
-    features = (4, 5, 7, 3)
+def _stack(family: str, features: Sequence[int], batch: int, quick: bool) -> Iterator[Case]:
+    """The outputs of a network, and the gradients of its parameters."""
 
-    def build(batch: int, grad: bool, dtype: torch.dtype) -> Problem:
+    def build(grad: bool, dtype: torch.dtype) -> Problem:
         ours, theirs = _stacks(features, dtype)
         input = torch.randn(batch, features[0], dtype=dtype)
         if not grad:
             return _forward(ours, theirs, input)
         return _forward_backward(ours, theirs, [input], wanted=_parameters)
 
+    name = f"{family}/{batch}x{'-'.join(map(str, features))}"
+    yield Case(f"{name}/forward", partial(build, False), _stack_work(features, batch, 1), quick)
+    work = _stack_work(features, batch, products=3)
+    yield Case(f"{name}/forward+backward", partial(build, True), work, quick)
+
+
+def _network() -> Iterator[Case]:
     for batch in (1, 32):
-        name = f"network/{batch}x4-5-7-3"
-        work = _stack_work(features, batch, products=1)
-        yield Case(f"{name}/forward", partial(build, batch, False), work)
-        work = _stack_work(features, batch, products=3)
-        yield Case(f"{name}/forward+backward", partial(build, batch, True), work, quick=True)
+        yield from _stack("network", (4, 5, 7, 3), batch, quick=True)
+
+
+def _long_batches() -> Iterator[Case]:
+    for width, exponent in itertools.product((64, 128), (14, 17, 20)):
+        yield from _stack("stack", (width,) * 5, 2**exponent, quick=exponent == 17)
 
 
 # ---- layers: what a matrix product costs
 
 
-def _square() -> Iterator[Case]:
-    for size in (64, 128, 256, 512, 1024, 2048, 4096):
-        yield from _layer_cases(
-            f"square/{size}",
-            (size, size, size),
-            quick=size in (256, 512, 1024),
-            on_demand=size == 4096,
-        )
+def _square(*sizes: int, on_demand: bool = False) -> Iterator[Case]:
+    for size in sizes:
+        quick = size in (256, 512, 1024)
+        yield from _layer_cases(f"square/{size}", (size, size, size), quick, on_demand)
 
 
-def _layer() -> Iterator[Case]:
-    for m, k, n in ((128, 784, 512), (4096, 1024, 1024), (2048, 4096, 4096)):
+def _layer(*shapes: tuple[int, int, int]) -> Iterator[Case]:
+    for m, k, n in shapes:
         yield from _layer_cases(f"layer/{m}x{k}-{n}", (m, k, n), quick=m == 128)
 
 
@@ -159,7 +209,7 @@ def _layer_cases(
     yield Case(f"{name}/backward", backward, work, quick, on_demand)
 
 
-def _skinny() -> Iterator[Case]:
+def _skinny(*sizes: int) -> Iterator[Case]:
     """Few rows, and weights that come from memory: each call takes the next of many copies."""
 
     def build(m: int, size: int, dtype: torch.dtype) -> Problem:
@@ -174,7 +224,7 @@ def _skinny() -> Iterator[Case]:
 
         return Problem(functional.linear_sigmoid, _torch_layer, bind)
 
-    for size in (1024, 4096):
+    for size in sizes:
         for m in (1, 2, 4, 8, 16):
             yield Case(
                 f"skinny/{m}x{size}-{size}/forward",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 from benchmarks import machine
 from neuron_ext import backends
@@ -136,6 +137,15 @@ def measure(threads: int) -> Ceilings:
     for size, level in zip((*_CACHED_BYTES, memory), ("L1", "L2", "L3", "memory"), strict=True):
         ceilings.bandwidths.append(_measure_bandwidth(library, level, size, threads))
     return ceilings
+
+
+def measure_gpu() -> Ceilings:
+    """What a copy in the GPU's memory reaches."""
+    source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    timer = Timer("target.copy_(source)", globals={"target": target, "source": source})
+    times = timer.blocked_autorange(min_run_time=_SECONDS)
+    rate = 2 * source.nbytes / min(times.times)
+    return Ceilings(threads=1, bandwidths=[Bandwidth("memory", 2 * source.nbytes, rate, rate)])
 
 
 def _library() -> ctypes.CDLL:

@@ -70,8 +70,10 @@ def last_level_cache() -> int:
     return max(sizes, default=_UNKNOWN_CACHE)
 
 
-def available_memory() -> int | None:
+def available_memory(device: str = "cpu") -> int | None:
     """Bytes that can be taken without swapping, where the system says."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -84,6 +86,10 @@ def compiler() -> str | None:
     """The C++ compiler's path: CXX, or what is usual."""
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     return next((path for path in map(shutil.which, filter(None, names)) if path), None)
+
+
+def gpu_name() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _first_line(*command: str) -> str | None:
@@ -105,6 +111,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_name(),
         "flags": [flag for flag in _FLAGS if flag in flags],
         "cores": cores(),
+        "gpu": gpu_name(),
         "caches": _caches(),
         "memory_available": available_memory(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

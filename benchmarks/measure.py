@@ -107,6 +107,7 @@ def run(
     effort: Effort,
     compiled: bool,
     before: Sequence[Line] = (),
+    device: str = "cpu",
 ) -> Line:
     """One line. What can't be run is named in it, and nothing is raised.
 
@@ -118,7 +119,7 @@ def run(
         line.not_run["ours"] = f"torch would take about {expected:.0f} s a call"
         return line
     needed = _ELEMENTS_AT_ONCE * (case.work.read + case.work.written) * dtype.itemsize
-    available = machine.available_memory()
+    available = machine.available_memory(device)
     if available is not None and needed > available:
         line.not_run["ours"] = f"needs {needed / 2**30:.1f} GiB of memory"
         return line
@@ -127,7 +128,8 @@ def run(
     torch.set_num_threads(ceilings.threads)
     try:
         torch.manual_seed(0)
-        problem = case.build(dtype)
+        with torch.device(device):
+            problem = case.build(dtype)
         with torch.set_grad_enabled(problem.grad):
             _time(line, problem, effort, compiled)
     except Exception as error:  # of torch as of ours: the other lines can still be run

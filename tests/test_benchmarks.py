@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks/ isn'
 
 from benchmarks import accuracy, ceilings, machine, measure, report
 from benchmarks.__main__ import main
-from benchmarks.cases import Case, Problem, all_cases
+from benchmarks.cases import Case, Problem, all_cases, gpu_cases
 from neuron_ext import backends
 
 SMALL = ("neuron/", "network/", "square/64/", "sigmoid/1e3/", "training/64x")
@@ -24,8 +24,9 @@ def small_cases() -> list[Case]:
     return [case for case in all_cases() if case.name.startswith(SMALL)]
 
 
-def test_case_names_are_unique() -> None:
-    names = [case.name for case in all_cases()]
+@pytest.mark.parametrize("cases", [all_cases(), gpu_cases()], ids=["CPU", "GPU"])
+def test_case_names_are_unique(cases: list[Case]) -> None:
+    names = [case.name for case in cases]
     assert len(set(names)) == len(names)
     assert all(len(name.split("/")) == 3 for name in names)
 
