@@ -10,12 +10,14 @@ constexpr std::int64_t kLongestRows = std::int64_t{1} << 18;
 
 std::int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
-/// Whether so few rows are better used from memory than packed against. Measured on Zen 4: dot
-/// products of long, contiguous operands reach the peak without packing (of bf16 half of it, as
-/// their loads take as long as the arithmetic), those of short ones spend their time adding up
-/// lanes.
-bool is_few(std::int64_t rows, std::int64_t k, bool k_is_contiguous, DType dtype) {
-  const std::int64_t few_long = dtype == DType::kBFloat16 ? 16 : 32;
+/// Whether so few rows are better used with the `many` others where those lie than packed against
+/// them. Dot products of long, contiguous operands pass over the wide one once, at the memory's
+/// speed; those of short ones spend their time adding up lanes.
+bool is_few(std::int64_t rows, std::int64_t many, std::int64_t k, bool k_is_contiguous,
+            DType dtype) {
+  // More rows than that win on memory alone: of what is in an L2 cache, packing is cheap.
+  constexpr std::int64_t kCached = 1 << 20;
+  const std::int64_t few_long = many * k * size_of(dtype) > kCached ? 64 : 32;
   const std::int64_t few = k >= 256 && k_is_contiguous ? few_long : k >= 32 ? 8 : 4;
   return rows <= few && rows * k <= kLongestRows;
 }
@@ -23,8 +25,8 @@ bool is_few(std::int64_t rows, std::int64_t k, bool k_is_contiguous, DType dtype
 bool has_few_columns(const GemmDesc& desc) {
   // Only where A's rows are contiguous, and without what is done to A as it's packed.
   return desc.n < desc.deciding_m() && desc.a_stride_k == 1 &&
-         is_few(desc.n, desc.k, true, desc.dtype) && desc.prologue == Activation::kIdentity &&
-         !desc.has_a_sum;
+         is_few(desc.n, desc.deciding_m(), desc.k, true, desc.dtype) &&
+         desc.prologue == Activation::kIdentity && !desc.has_a_sum;
 }
 
 // Strips pay from so many rows on.
@@ -82,7 +84,8 @@ Form form_of(const GemmDesc& desc) {
   if (has_long_rows(desc)) return Form::kLongRows;
   if (has_long_sums(desc)) return Form::kLongSums;
   if (has_few_columns(desc)) return Form::kFewColumns;
-  if (is_few(desc.deciding_m(), desc.k, desc.b_stride_k == 1, desc.dtype)) return Form::kFewRows;
+  if (is_few(desc.deciding_m(), desc.n, desc.k, desc.b_stride_k == 1, desc.dtype))
+    return Form::kFewRows;
   return Form::kBlocked;
 }
 

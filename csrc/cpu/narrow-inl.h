@@ -10,6 +10,11 @@ namespace {
 // Terms that a lane adds up before its sum is added to the tile, as in the micro-kernel.
 constexpr std::int64_t kNarrowBlock = 256;
 
+// Vectors of k that a dot product takes before it turns to other rows: those of four columns then
+// stay in the L1 cache until all rows have met them. Measured on Zen 4, 16 x 4096 to 4096 from
+// memory, f32: 7.1 ms without, 6.4 with 128, 6.5 with 64, 7.6 with 32.
+constexpr std::int64_t kDotVectors = 128;
+
 /// What a V that isn't exact for all values (pairs-inl.h) needs to know of those it met.
 template <class V>
 struct Met {
@@ -33,24 +38,44 @@ Reg<V> terms_along_k(const T* b, std::int64_t left) {
   }
 }
 
+/// In place of Met, for terms that were met before.
+template <class V>
+struct MetBefore {
+  void note(Reg<V>) {}
+};
+
+/// Columns of b that a block fetches while it computes others.
+struct Ahead {
+  std::int64_t first, last;
+};
+
 /// tile[i][j] (+)= sum over p < k of rows[i][p] b[p, j]; b's columns are contiguous, rows end in
 /// whole vectors.
-template <class V, class T, int kRows, int kColumns>
+template <class V, class T, int kRows, int kColumns, class M>
 void dot_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, const T* b,
                std::int64_t b_stride, Scalar<V>* tile, std::int64_t tile_stride, bool add,
-               Met<V>& met) {
+               Ahead ahead, M& met) {
+  constexpr int kAll = kTerms<V> * V::kLanes;
   Reg<V> sum[kRows][kColumns] = {};
-  for (std::int64_t p = 0; p * kTerms<V> < k; p += V::kLanes) {
+  const auto step = [&](std::int64_t p, std::int64_t left) {
     Reg<V> b_p[kColumns];
     for (int j = 0; j < kColumns; ++j) {
-      b_p[j] = terms_along_k<V>(b + j * b_stride + p * kTerms<V>, k - p * kTerms<V>);
+      b_p[j] = terms_along_k<V>(b + j * b_stride + p, left);
       met.note(b_p[j]);
     }
     for (int i = 0; i < kRows; ++i) {
-      const Reg<V> a = load<V>(rows + i * row_stride + p);
+      const Reg<V> a = load<V>(rows + i * row_stride + p / kTerms<V>);
       for (int j = 0; j < kColumns; ++j) sum[i][j] = V::multiply_add(a, b_p[j], sum[i][j]);
     }
+  };
+  std::int64_t p = 0;
+  for (; p + kAll <= k; p += kAll) {
+    for (std::int64_t j = ahead.first; j < ahead.last; ++j) {
+      __builtin_prefetch(b + j * b_stride + p, 0, 2);
+    }
+    step(p, kAll);
   }
+  if (p < k) step(p, k - p);
   // Unrolled before the compiler decides that an array indexed by variables can't live in
   // registers.
   constexpr int kTogether = kColumns < kQuadLanes<V> ? kColumns : kQuadLanes<V>;
@@ -144,19 +169,32 @@ void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int6
   const auto* b_base = static_cast<const T*>(b.base) + column * b.stride_mn;
   auto* sums = static_cast<Scalar<V>*>(tile);
   Met<V> met;
+  [[maybe_unused]] MetBefore<V> met_before;
   // Adding up lanes takes as long as collecting the columns of a few k.
   constexpr std::int64_t kFewTerms = 4;
   if (b.stride_k == 1 && k > kFewTerms) {
-    constexpr std::int64_t kBlock = kLongest * V::kLanes;
+    constexpr std::int64_t kBlock = kDotVectors * kTerms<V> * V::kLanes;
+    const std::int64_t passes = (m + kRowGroup - 1) / kRowGroup;
     in_groups<kColumnGroup>(0, columns, [&](std::int64_t j, auto group_columns) {
-      in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto group_rows) {
-        for (std::int64_t p = 0; p == 0 || p < k; p += kBlock) {
-          dot_block<V, T, group_rows.value, group_columns.value>(
-              k - p < kBlock ? k - p : kBlock, a + i * row_stride + p / kTerms<V>, row_stride,
-              b_base + j * b.stride_mn + p, b.stride_mn, sums + i * tile_stride + j, tile_stride,
-              p != 0, met);
-        }
-      });
+      for (std::int64_t p = 0; p == 0 || p < k; p += kBlock) {
+        in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto group_rows) {
+          // Each pass over these columns fetches its share of the next ones from memory.
+          const std::int64_t pass = i / kRowGroup;
+          const Ahead ahead{kColumnGroup + (pass * kColumnGroup + passes - 1) / passes,
+                            kColumnGroup + ((pass + 1) * kColumnGroup + passes - 1) / passes};
+          const auto block = [&](auto& notes) {
+            dot_block<V, T, group_rows.value, group_columns.value>(
+                k - p < kBlock ? k - p : kBlock, a + i * row_stride + p / kTerms<V>, row_stride,
+                b_base + j * b.stride_mn + p, b.stride_mn, sums + i * tile_stride + j, tile_stride,
+                p != 0, ahead, notes);
+          };
+          if (kTerms<V> == 1 || pass == 0) {
+            block(met);
+          } else {
+            block(met_before);
+          }
+        });
+      }
     });
   } else {
     const auto strip = [&](std::int64_t j, std::int64_t lanes, auto vectors) {

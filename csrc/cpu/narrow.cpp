@@ -21,7 +21,9 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
   const Operand &few = exchanged ? b : a, &many = exchanged ? a : b;
   const std::int64_t few_count = exchanged ? desc.n : desc.m;
   const std::int64_t many_count = exchanged ? desc.m : desc.n;
-  const std::int64_t row_stride = round_up(divide_up(desc.k, kernel.kr), kernel.lanes);
+  // An odd number of vectors, so that rows don't compete for the same places in the L1 cache.
+  const std::int64_t vectors = divide_up(divide_up(desc.k, kernel.kr), kernel.lanes);
+  const std::int64_t row_stride = (vectors | 1) * kernel.lanes;
   const std::int64_t strips = divide_up(many_count, kernel.nr);
   const std::int64_t threads = threads_for(desc.m, desc.n, desc.k, parallel_for.max_threads());
 
@@ -38,7 +40,8 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
     parallel_for(strips, divide_up(strips, threads), [&](std::int64_t begin, std::int64_t end) {
       // The tile, the same exchanged, the bias; all read up to a whole vector.
       const std::int64_t tile_size = few_count * kernel.nr + kernel.lanes;
-      with_buffer<S>(task_buffer, 2 * tile_size + kernel.nr, [&](S* tile) {
+      const std::int64_t bias_size = std::max(kernel.nr, round_up(few_count, kernel.lanes));
+      with_buffer<S>(task_buffer, 2 * tile_size + bias_size, [&](S* tile) {
         S* const transposed = tile + tile_size;
         S* const bias = transposed + tile_size;
         if (exchanged && desc.has_bias) {
