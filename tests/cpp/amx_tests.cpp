@@ -47,6 +47,11 @@ struct Vector {
   static Reg multiply_add(Reg a, Reg b, Reg c) { return fma(a, b, c); }
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  template <class Indices>
+  static Indices lookup(const std::uint32_t (&table)[8], Indices i) {
+    for (int lane = 0; lane < kLanes; ++lane) i[lane] = table[i[lane] % 8];
+    return i;
+  }
   static Reg widen(Halves h) {
     Reg lanes = {};
     for (int i = 0; i < kLanes; ++i) lanes[i] = cpu::widen(Float16{h[i]});
