@@ -1,4 +1,4 @@
-"""Which kernels this build has, which of them this machine runs, and which ran last."""
+"""Which kernels this build has, which of them run, and how: settings of the whole process."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from neuron_ext import _C
 
 __all__ = [
     "Kernel",
+    "PackedWeights",
+    "batch_invariant",
     "cpu_isa",
     "cuda_is_built",
     "kernels",
     "last_kernel",
+    "packed_weights",
+    "set_batch_invariant",
     "set_cpu_isa",
+    "set_packed_weights",
     "show_config",
     "supported_cpu_isas",
+    "use_batch_invariant",
     "use_cpu_isa",
+    "use_packed_weights",
 ]
 
 
@@ -62,6 +69,83 @@ def use_cpu_isa(name: str) -> Iterator[None]:
         yield
     finally:
         set_cpu_isa(before)
+
+
+def batch_invariant() -> bool:
+    """Whether a row's result is the same whatever batch it is in."""
+    return _C.batch_invariant()
+
+
+def set_batch_invariant(enabled: bool) -> None:
+    """Give a row the same bits whatever batch it is in, and wherever it lies in it.
+
+    This is about :func:`~neuron_ext.functional.linear`, ``linear_sigmoid`` and ``mlp``, their
+    outputs and the gradients of their inputs, as the CPU kernels compute them with one instruction
+    set: a row of a batch of 1000 then equals, bit for bit, the same row alone. Gradients of weights
+    and biases are sums over the batch. ``sigmoid`` is always like that, and nothing ever depends
+    on the number of threads. What torch computes, under ``torch.func`` for example, isn't changed.
+    Rows must lie alike: one whose features are contiguous in memory and one whose aren't may
+    differ in the last bits.
+
+    Batches of up to 32 rows lose their own kernels: the weight is packed for them as for a large
+    batch. :func:`set_packed_weights` takes that back where weights don't change.
+    """
+    _C.set_batch_invariant(enabled)
+
+
+@contextlib.contextmanager
+def use_batch_invariant(enabled: bool = True) -> Iterator[None]:
+    """:func:`set_batch_invariant` for the length of a ``with`` block."""
+    before = batch_invariant()
+    set_batch_invariant(enabled)
+    try:
+        yield
+    finally:
+        set_batch_invariant(before)
+
+
+class PackedWeights(NamedTuple):
+    """What is kept of packed weights now."""
+
+    max_bytes: int  # 0: nothing is to be kept
+    bytes: int
+    count: int
+
+
+def packed_weights() -> PackedWeights:
+    """How much may be kept of packed weights, and how much is."""
+    return PackedWeights(*_C.packed_weights())
+
+
+def set_packed_weights(max_bytes: int) -> None:
+    """Keep weights packed as kernels read them, for calls without gradients, up to ``max_bytes``.
+
+    For inference with weights that don't change: a call then doesn't pack them again. A weight is
+    packed by the first call that takes it, and again after a change that torch counts
+    (``weight._version``): in-place operations, optimizers, ``load_state_dict``. **Changes that
+    torch doesn't count can't be seen, and the old values go on being used**: those made through
+    ``weight.data``, through a NumPy array, a DLPack capsule or a pointer that shares the memory,
+    and by other processes. After such a change, call this function with 0 and then with the limit.
+
+    Calls that record gradients and inference tensors (which count no changes) never use packed
+    weights. The least recently used go first when the limit is reached; those of tensors that are
+    gone go when the next one is packed; all go with a limit of 0, the default.
+
+    Raises:
+        ValueError: ``max_bytes`` is negative.
+    """
+    _C.set_packed_weights(max_bytes)
+
+
+@contextlib.contextmanager
+def use_packed_weights(max_bytes: int) -> Iterator[None]:
+    """:func:`set_packed_weights` for the length of a ``with`` block."""
+    before = packed_weights().max_bytes
+    set_packed_weights(max_bytes)
+    try:
+        yield
+    finally:
+        set_packed_weights(before)
 
 
 def kernels() -> list[Kernel]:

@@ -47,8 +47,7 @@ const GemmKernel& choose_gemm(const GemmDesc& desc) {
 }
 
 const GemmKernel& choose_packing(const GemmDesc& desc) {
-  return first_gemm(
-      desc, [&](const GemmKernel& kernel) { return kernel.of(desc.dtype).pack_b != nullptr; });
+  return first_gemm(desc, [&](const GemmKernel& kernel) { return kernel.packs_b(desc.dtype); });
 }
 
 const ElementwiseKernel& choose_elementwise() {

@@ -93,6 +93,7 @@ struct GemmKernel {
     return functions[static_cast<int>(dtype)];
   }
   bool takes(DType dtype) const { return of(dtype).epilogue != nullptr; }
+  bool packs_b(DType dtype) const { return of(dtype).pack_b != nullptr; }
   /// What a row or column of a panel of kc takes, in accumulators.
   std::int64_t row_size(std::int64_t kc) const { return (kc + kr - 1) / kr * places + known; }
 };

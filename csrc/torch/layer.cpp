@@ -2,13 +2,19 @@
 
 #include <ATen/Context.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#include "ops.h"
+#include "packed_weights.h"
+
 namespace neuron_ext {
 
 namespace {
+
+std::atomic<bool> is_batch_invariant{false};
 
 /// What torch's own products of f32 go by: torch.set_float32_matmul_precision sets it, and
 /// torch.backends.mkldnn.matmul.fp32_precision (or cuda's) by itself.
@@ -24,9 +30,6 @@ Precision precision_of_f32(c10::Device device) {
       return Precision::kHighest;
   }
 }
-
-// Multiply-adds below which nothing is gained by less precision, and asking for it takes time.
-constexpr double kAnyPrecision = 1 << 17;
 
 RowsView transposed(const RowsView& view) {
   return {view.owner, view.data, view.columns, view.rows, view.column_stride, view.row_stride};
@@ -62,13 +65,15 @@ struct Product {
     at.d = d;
   }
 
+  /// For a product whose rows are those of a batch.
+  void set_whole_batch() { desc.whole_m = batch_invariant() ? GemmDesc::kAnyBatch : desc.m; }
+
   void run(DType dtype, c10::Device device) {
     desc.dtype = dtype;
-    if (dtype == DType::kFloat32 &&
-        static_cast<double>(desc.m) * static_cast<double>(desc.n) * static_cast<double>(desc.k) >=
-            kAnyPrecision) {
-      desc.precision = precision_of_f32(device);
-    }
+    desc.precision = precision_for(dtype,
+                                   static_cast<double>(desc.deciding_m()) *
+                                       static_cast<double>(desc.n) * static_cast<double>(desc.k),
+                                   device);
     if constexpr (gpu::kIsBuilt) {
       if (device.is_cuda()) return gpu::gemm(desc, at, device);
     }
@@ -89,10 +94,21 @@ bool f32_is_strict() {
   return strict;
 }
 
+bool batch_invariant() { return is_batch_invariant.load(std::memory_order_relaxed); }
+void set_batch_invariant(bool enabled) { is_batch_invariant = enabled; }
+
+Precision precision_for(DType dtype, double work, c10::Device device) {
+  // Below, nothing is gained by less precision, and asking for it takes time.
+  constexpr double kAnyPrecision = 1 << 17;
+  return dtype == DType::kFloat32 && work >= kAnyPrecision ? precision_of_f32(device)
+                                                           : Precision::kHighest;
+}
+
 void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::Tensor& bias,
-           void* y) {
+           void* y, bool is_constant) {
   Product product;
   product.set_a(x);
+  product.set_whole_batch();
   product.set_b_and_d(weight.const_data_ptr(), weight.size(0), weight.stride(1), weight.stride(0),
                       y);
   product.desc.epilogue = f;
@@ -101,12 +117,15 @@ void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::
     product.desc.bias_stride = bias.stride(0);
     product.at.bias = bias.const_data_ptr();
   }
+  const at::Tensor packed = is_constant ? packed_weight(weight, x.rows) : at::Tensor();
+  if (packed.defined()) product.at.packed_b = packed.const_data_ptr();
   product.run(dtype_of(weight), weight.device());
 }
 
 void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, void* dx) {
   Product product;
   product.set_a(dy, y);
+  product.set_whole_batch();
   product.set_b_and_d(weight.const_data_ptr(), weight.size(1), weight.stride(0), weight.stride(1),
                       dx);
   product.run(dtype_of(weight), weight.device());

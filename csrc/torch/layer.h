@@ -22,9 +22,13 @@ inline bool kernels_take(const at::Tensor& input, const at::Tensor& weight,
 /// precision is set to. Throws std::invalid_argument where it's set to something else.
 bool f32_is_strict();
 
-/// y = f(x Wᵀ + b), y contiguous; bias a vector or undefined.
+/// The precision of products of `work` multiply-adds.
+Precision precision_for(DType dtype, double work, c10::Device device = at::kCPU);
+
+/// y = f(x Wᵀ + b), y contiguous; bias a vector or undefined. `is_constant`: no gradient is in
+/// view, so that the weight may be one of the packed ones.
 void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::Tensor& bias,
-           void* y);
+           void* y, bool is_constant);
 
 /// dx = dz W, dx contiguous; dz = dy y (1 - y) where there is a y, else dy.
 void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, void* dx);

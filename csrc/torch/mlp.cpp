@@ -21,6 +21,7 @@
 #include "layer.h"
 #include "node.h"
 #include "ops.h"
+#include "packed_weights.h"
 
 namespace neuron_ext {
 
@@ -61,8 +62,28 @@ bool kernels_take_stack(const Tensor& input, TensorList weights, OptionalTensors
   return true;
 }
 
+/// Whether the layers plainly fit the input and each other: a look at plain sizes, where
+/// check_layers asks symbolic ones and makes words, which would cost a tiny stack a microsecond.
+bool layers_fit(const Tensor& input, TensorList weights, OptionalTensors biases) {
+  const auto is_plain = [](const Tensor& t) {
+    return !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  };
+  if (!is_plain(input) || input.dim() == 0) return false;
+  std::int64_t features = input.sizes().back();
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor &weight = weights[i], &bias = bias_of(biases, i);
+    if (!is_plain(weight) || weight.size(1) != features) return false;
+    features = weight.size(0);
+    if (bias.defined() && !(is_plain(bias) && bias.dim() == 1 && bias.size(0) == features)) {
+      return false;
+    }
+  }
+  return true;
+}
+
 /// Raises unless the layers' shapes agree with the input's and with each other.
 void check_layers(const Tensor& input, TensorList weights, OptionalTensors biases) {
+  if (layers_fit(input, weights, biases)) return;
   check_layer("mlp, layer 0", input, weights[0], bias_of(biases, 0));
   for (size_t i = 1; i < weights.size(); ++i) {
     const auto out_features = weights[i - 1].sym_size(0), in_features = weights[i].sym_size(1);
@@ -117,20 +138,50 @@ RowsView rows_at(const void* data, std::int64_t rows, std::int64_t columns) {
   return {Tensor(), data, rows, columns, columns, 1};
 }
 
-/// Runs the layers; the output of hidden layer i goes to hidden(i).
-template <class Hidden>
-Tensor run_layers(const Tensor& input, TensorList weights, OptionalTensors biases,
-                  const Name& output_activation, RowsView x, const Hidden& hidden) {
+/// A stack of checked arguments. The hidden layers' outputs go to `hidden`, end to end, or, if that
+/// is undefined, nowhere: then no gradient is in view.
+Tensor run_stack(const Tensor& input, TensorList weights, OptionalTensors biases,
+                 const Name& output_activation, const RowsView& x, const Tensor& hidden) {
   const size_t depth = weights.size();
   Tensor output = empty_rows(input, weights.back().size(0));
+  c10::SmallVector<MlpLayer, 8> layers(depth);
+  c10::SmallVector<Tensor, 8> packed(depth);
+  std::int64_t elements = 0;
+  auto* next = hidden.defined() ? static_cast<char*>(hidden.mutable_data_ptr()) : nullptr;
   for (size_t i = 0; i < depth; ++i) {
-    const std::int64_t width = weights[i].size(0);
-    void* y = i + 1 < depth ? hidden(i) : output.mutable_data_ptr();
-    const Tensor& bias = bias_of(biases, i);
-    fprop(activation_of(i, depth, output_activation), x, weights[i], as_vector(bias, weights[i]),
-          y);
-    x = rows_at(y, x.rows, width);
+    const Tensor& weight = weights[i];
+    MlpLayer& layer = layers[i];
+    elements += weight.numel();
+    layer.in_features = weight.size(1);
+    layer.out_features = weight.size(0);
+    layer.activation = activation_of(i, depth, output_activation);
+    layer.weight = weight.const_data_ptr();
+    layer.weight_stride_out = weight.stride(0);
+    layer.weight_stride_in = weight.stride(1);
+    if (const Tensor bias = as_vector(bias_of(biases, i), weight); bias.defined()) {
+      layer.bias = bias.const_data_ptr();
+      layer.bias_stride = bias.stride(0);
+    }
+    if (i + 1 == depth) {
+      layer.output = output.mutable_data_ptr();
+    } else if (hidden.defined()) {
+      layer.output = next;
+      next += x.rows * layer.out_features * hidden.element_size();
+    }
+    if (!hidden.defined()) packed[i] = packed_weight(weight, x.rows);
+    if (packed[i].defined()) layer.packed_weight = packed[i].const_data_ptr();
   }
+  const std::int64_t rows = batch_invariant() ? GemmDesc::kAnyBatch : x.rows;
+  cpu::mlp_forward({.dtype = dtype_of(input),
+                    .precision = precision_for(
+                        dtype_of(input), static_cast<double>(rows) * static_cast<double>(elements)),
+                    .rows = x.rows,
+                    .input = x.data,
+                    .input_stride_row = x.row_stride,
+                    .input_stride_column = x.column_stride,
+                    .layers = {layers.data(), depth},
+                    .batch_invariant = batch_invariant()},
+                   at_parallel_for());
   return output;
 }
 
@@ -141,15 +192,7 @@ Tensor mlp_cpu(const Tensor& input, TensorList weights, OptionalTensors biases,
     return mlp_by_layers(input, weights, biases, output_activation);
   }
   check_layers(input, weights, biases);
-  // Two buffers take turns: a layer reads one and writes the other.
-  const RowsView x = as_rows(input);
-  std::int64_t widest = 0;
-  for (size_t i = 0; i + 1 < weights.size(); ++i) widest = std::max(widest, weights[i].size(0));
-  Tensor buffers = empty_cpu({2, x.rows * widest}, input.scalar_type());
-  auto* data = static_cast<char*>(buffers.mutable_data_ptr());
-  const std::int64_t bytes = x.rows * widest * buffers.element_size();
-  return run_layers(input, weights, biases, output_activation, x,
-                    [&](size_t layer) { return data + (layer % 2) * bytes; });
+  return run_stack(input, weights, biases, output_activation, as_rows(input), Tensor());
 }
 
 /// Of arguments that were checked.
@@ -159,10 +202,7 @@ OutputAndHidden compute_stack(const Tensor& input, TensorList weights, OptionalT
   std::int64_t width = 0;
   for (size_t i = 0; i + 1 < weights.size(); ++i) width += weights[i].size(0);
   Tensor hidden = empty_cpu({x.rows * width}, input.scalar_type());
-  auto* next = static_cast<char*>(hidden.mutable_data_ptr());
-  Tensor output = run_layers(input, weights, biases, output_activation, x, [&](size_t layer) {
-    return std::exchange(next, next + x.rows * weights[layer].size(0) * hidden.element_size());
-  });
+  Tensor output = run_stack(input, weights, biases, output_activation, x, hidden);
   return {output, hidden};
 }
 

@@ -161,6 +161,12 @@ std::vector<std::tuple<std::string, std::string, std::vector<std::string>, bool>
   return rows;
 }
 
+void set_most_packed_weights(std::int64_t max_bytes) {
+  TORCH_CHECK_VALUE(max_bytes >= 0, "set_packed_weights: max_bytes is ", max_bytes,
+                    ", expected 0 or more");
+  set_packed_weights(max_bytes);
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
 #if defined(__clang__)
@@ -201,6 +207,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("cpu_isa", [] { return cpu::name_of(cpu::active_isa()); });
   module.def("supported_cpu_isas", &supported_cpu_isas);
   module.def("set_cpu_isa", &set_cpu_isa);
+  module.def("batch_invariant", &batch_invariant);
+  module.def("set_batch_invariant", &set_batch_invariant);
+  module.def("packed_weights", [] {
+    const PackedWeights now = packed_weights();
+    return std::tuple(now.max_bytes, now.bytes, now.count);
+  });
+  module.def("set_packed_weights", &set_most_packed_weights);
   module.def("kernels", &kernels);
   module.def("last_kernel", [] { return last_kernel(); });
   module.def("build_info", &build_info);

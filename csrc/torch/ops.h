@@ -7,6 +7,7 @@
 #include <c10/util/ArrayRef.h>
 
 #include <array>
+#include <cstdint>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -41,5 +42,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_sigmoid_backward(
     const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
     const std::optional<at::Tensor>& weight, const at::Tensor& output,
     std::array<bool, 3> output_mask);
+
+// ---- settings of the whole process; neuron_ext/backends.py says what they do --------------------
+
+bool batch_invariant();
+void set_batch_invariant(bool enabled);
+
+struct PackedWeights {
+  std::int64_t max_bytes, bytes, count;
+};
+PackedWeights packed_weights();
+void set_packed_weights(std::int64_t max_bytes);  // 0: off
 
 }  // namespace neuron_ext

@@ -9,6 +9,7 @@
 
 #include "neuron_ext/activation.h"
 #include "neuron_ext/gemm.h"
+#include "neuron_ext/mlp.h"
 #include "neuron_ext/parallel.h"
 #include "neuron_ext/types.h"
 
@@ -64,6 +65,10 @@ Packing packing_of(const GemmDesc& desc);
 /// Packs b into `packed`, of packing.bytes and aligned to a cache line, for GemmPointers::packed_b.
 void pack_b(const Packing& packing, const GemmDesc& desc, const void* b, void* packed,
             const ParallelFor& parallel_for);
+
+/// The layers one after the other. Bitwise the same result for any ParallelFor, and as from a call
+/// of gemm for each layer.
+void mlp_forward(const Mlp& mlp, const ParallelFor& parallel_for);
 
 /// y[i] = f(x[i]) for i < n on the calling thread; strides in elements. An element's result depends
 /// on its value alone, not on its place or on n. x and y may be the same memory with the same

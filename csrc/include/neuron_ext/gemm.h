@@ -46,7 +46,7 @@ struct GemmDesc {
   // kernel, the cuts of k) takes this for m, so that the rows get the bits they'd get there. 0: D
   // is all there is. kAnyBatch: the bits of a row are the same in every product.
   std::int64_t whole_m = 0;
-  static constexpr std::int64_t kAnyBatch = std::int64_t{1} << 62;
+  static constexpr std::int64_t kAnyBatch = std::int64_t{1} << 40;
   constexpr std::int64_t deciding_m() const { return whole_m == 0 ? m : whole_m; }
 };
 

@@ -1,0 +1,40 @@
+// A stack of layers, each of which takes the one before it for its input. What a layer computes is
+// said in gemm.h.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "neuron_ext/activation.h"
+#include "neuron_ext/types.h"
+
+namespace neuron_ext {
+
+/// y = f(x Wᵀ + b). Strides are in elements and may be zero or negative.
+struct MlpLayer {
+  std::int64_t in_features = 0, out_features = 0;
+  Activation activation = Activation::kIdentity;
+
+  const void* weight = nullptr;
+  std::int64_t weight_stride_out = 0, weight_stride_in = 1;
+  const void* packed_weight = nullptr;  // as GemmPointers::packed_b, which says what is read then
+
+  const void* bias = nullptr;  // null: none
+  std::int64_t bias_stride = 1;
+
+  // (rows, out_features), contiguous. Null for a hidden layer whose output nobody needs later: then
+  // it exists only while the next layer reads it.
+  void* output = nullptr;
+};
+
+struct Mlp {
+  DType dtype = DType::kFloat32;  // of everything
+  Precision precision = Precision::kHighest;
+  std::int64_t rows = 0;
+  const void* input = nullptr;
+  std::int64_t input_stride_row = 0, input_stride_column = 1;
+  std::span<const MlpLayer> layers;
+  bool batch_invariant = false;  // GemmDesc::kAnyBatch for every layer
+};
+
+}  // namespace neuron_ext
