@@ -397,6 +397,11 @@ void* __tsan_memset(void* target, int value, std::size_t bytes) {
   return std::memset(target, value, bytes);
 }
 
+/// Of a function's static variable: whether it is initialised.
+std::uint8_t __tsan_atomic8_load(const volatile std::uint8_t* address, int) {
+  return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+}
+
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
