@@ -109,7 +109,7 @@ class PackedWeights(NamedTuple):
 
     max_bytes: int  # 0: nothing is to be kept
     bytes: int
-    count: int
+    weights: int
 
 
 def packed_weights() -> PackedWeights:

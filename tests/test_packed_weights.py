@@ -39,7 +39,7 @@ def without(x: Tensor, w: Tensor) -> Tensor:
 
 
 def count() -> int:
-    return backends.packed_weights().count
+    return backends.packed_weights().weights
 
 
 @each_dtype
@@ -66,7 +66,7 @@ def test_packed_once(x: Tensor) -> None:
     w = parameter()
     first = functional.linear(x, w)
     kept = backends.packed_weights()
-    assert kept.count == 1
+    assert kept.weights == 1
     assert kept.bytes >= w.numel() * w.element_size()
     for _ in range(3):
         assert torch.equal(functional.linear(x, w), first)
