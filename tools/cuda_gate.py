@@ -48,7 +48,15 @@ class Expected(NamedTuple):
     forbids: tuple[str, ...] = ()
 
 
-EXPECTED: tuple[Expected, ...] = ()
+EXPECTED = tuple(
+    Expected(kernel, target, needs)
+    for kernel, targets, needs in (
+        ("map_contiguous<", ("sm_80", "sm_90a"), ("LDG.E.128", "STG.E.128")),
+        ("gemm_simt_kernel<float, 2>", ("sm_80", "sm_90a"), ("FFMA", "LDS.128")),
+        ("gemm_simt_kernel<double, 2>", ("sm_80", "sm_90a"), ("DFMA", "LDS.128")),
+    )
+    for target in targets
+)
 
 # What must be in no kernel: loads and stores of local memory, that is of spilled registers, and of
 # arrays whose index the compiler doesn't know.
