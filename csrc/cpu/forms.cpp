@@ -1,5 +1,7 @@
 #include "forms.h"
 
+#include <algorithm>
+
 #include "blocking.h"
 
 namespace neuron_ext::cpu {
@@ -93,6 +95,11 @@ bool is_any(const GemmDesc&) { return true; }
 bool is_narrow(const GemmDesc& desc) {
   const Form form = form_of(desc);
   return form == Form::kFewRows || form == Form::kFewColumns;
+}
+bool is_streamed(const GemmDesc& desc) {
+  // With more of them a matrix engine makes up for packing.
+  const std::int64_t few = desc.dtype == DType::kBFloat16 ? 16 : 32;
+  return is_narrow(desc) && std::min(desc.deciding_m(), desc.n) <= few;
 }
 bool is_long(const GemmDesc& desc) {
   const Form form = form_of(desc);

@@ -107,6 +107,10 @@ Reg<V> terms_along_n(const T* b, std::int64_t stride_k, std::int64_t stride_n, s
   }
 }
 
+// Rows of b that an outer block is fetched ahead: each lies in another page. Measured on Zen 4, 1 x
+// 4096 to 4096 from memory, f32: 8.4 → 5.7 ms. Pairs of bf16 were no faster for it.
+constexpr std::int64_t kRowsAhead = 16;
+
 /// The same for kVectors vectors of columns, where b's rows are contiguous or nothing is. `lanes`:
 /// how many columns each vector holds.
 template <class V, class T, int kRows, int kVectors>
@@ -117,6 +121,9 @@ void outer_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride,
   for (std::int64_t p = 0; p * kTerms<V> < k; ++p) {
     Reg<V> b_p[kVectors];
     for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kTerms<V> == 1) {
+        __builtin_prefetch(b + (p + kRowsAhead) * b_stride_k + v * V::kLanes * b_stride_n);
+      }
       b_p[v] = terms_along_n<V>(b, b_stride_k, b_stride_n, k, p, v * V::kLanes, lanes);
       met.note(b_p[v]);
     }

@@ -127,6 +127,7 @@ void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPoint
 bool is_long(const GemmDesc& desc);
 bool is_long_and_wide(const GemmDesc& desc);
 bool is_narrow(const GemmDesc& desc);
+bool is_streamed(const GemmDesc& desc);
 bool is_any(const GemmDesc& desc);
 
 IsaKernels portable_kernels();

@@ -208,9 +208,9 @@ bool fills_tiles(const GemmDesc& desc) {
     const std::int64_t tiles = (count + whole - 1) / whole;
     return tiles == 0 ? 1 : static_cast<double>(count) / static_cast<double>(tiles * whole);
   };
-  return !is_narrow(desc) && filled(desc.deciding_m(), kTileRows) * filled(desc.n, kTileRows) *
-                                     filled(desc.k, kTileK) * kGain >=
-                                 static_cast<double>(kProducts<Products>);
+  return !is_streamed(desc) && filled(desc.deciding_m(), kTileRows) * filled(desc.n, kTileRows) *
+                                       filled(desc.k, kTileK) * kGain >=
+                                   static_cast<double>(kProducts<Products>);
 }
 
 template <class Products, int kGain, Precision kPrecision>
