@@ -119,14 +119,21 @@ void pack_source(const Source& source, std::int64_t mn, std::int64_t count, std:
       }
     }
   } else {
-    for (std::int64_t p = 0; p < kc; ++p) {
-      for (int first = 0; first < kWidth; first += kLinePlaces) {
-        source.prefetch(mn + kWidth + first, k + p);  // the next panel's
+    const auto copy = [&](const auto& lanes_from) {
+      for (std::int64_t p = 0; p < kc; ++p) {
+        for (int first = 0; first < kWidth; first += kLinePlaces) {
+          source.prefetch(mn + kWidth + first, k + p);  // the next panel's
+        }
+        for (int first = 0; first < kWidth && first < count; first += kLanes) {
+          store<V>(panel + p * kWidth + first,
+                   source.along_mn(mn + first, k + p, lanes_from(first)));
+        }
       }
-      for (int first = 0; first < kWidth && first < count; first += kLanes) {
-        store<V>(panel + p * kWidth + first,
-                 source.along_mn(mn + first, k + p, lanes_of(count - first)));
-      }
+    };
+    if (count >= kSlices * kLanes) {
+      copy([](int) { return std::int64_t{kLanes}; });
+    } else {
+      copy([&](int first) { return lanes_of(count - first); });
     }
   }
 }
