@@ -19,6 +19,8 @@ constexpr std::int64_t kFewestRows = 64, kUsualRows = 256, kMostRows = 4096;
 
 // Packed weights that every block reads: they have to stay in L3 meanwhile.
 constexpr std::int64_t kPackedBytes = 8 << 20;
+// Packing this much takes some 10 µs, about what it takes to wake another thread.
+constexpr std::int64_t kBytesPerThread = 128 << 10;
 
 // What a thread keeps for hidden outputs, from call to call.
 constexpr std::int64_t kKeptBytes = 4 << 20;
@@ -123,7 +125,8 @@ class PackedStack {
   /// By layer; null where the weight isn't packed. Valid until this thread's next call.
   std::vector<const void*> pack(std::int64_t threads, const ParallelFor& parallel_for) const {
     std::byte* const memory = packed_buffer.reserve(static_cast<std::size_t>(bytes_));
-    parallel_for(steps_, divide_up(steps_, threads), [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t sharing = std::clamp<std::int64_t>(bytes_ / kBytesPerThread, 1, threads);
+    parallel_for(steps_, divide_up(steps_, sharing), [&](std::int64_t begin, std::int64_t end) {
       for (std::size_t i = 0; i < parts_.size(); ++i) {
         const Part& part = parts_[i];
         const std::int64_t next = i + 1 < parts_.size() ? parts_[i + 1].first_step : steps_;
@@ -153,10 +156,16 @@ class PackedStack {
   std::int64_t bytes_ = 0, steps_ = 0;
 };
 
+/// What its largest layer is worth: a stack whose layers are each too small for a second thread
+/// takes less than waking one. Measured on Zen 4: 1000 rows through 4-5-7-3, 12 µs, on four threads
+/// 34 to 60.
 std::int64_t threads_for_stack(const Mlp& mlp, int max_threads) {
-  std::int64_t weights = 0;
-  for (const MlpLayer& layer : mlp.layers) weights += layer.in_features * layer.out_features;
-  return threads_for(mlp.rows, weights, 1, max_threads);
+  std::int64_t threads = 1;
+  for (const MlpLayer& layer : mlp.layers) {
+    threads = std::max(threads,
+                       threads_for(mlp.rows, layer.out_features, layer.in_features, max_threads));
+  }
+  return threads;
 }
 
 }  // namespace
