@@ -69,7 +69,7 @@ NOTABLE = (
 )
 
 # Wgmmas that ptxas serialises: of registers in use, calls, branches, or unknown descriptors.
-SERIALISED = re.compile(r"\bC75(08|10|11|17)\b")
+SERIALISED = re.compile(r"\bC75(08|10|11|14|17)\b|Potential Performance Loss")
 
 
 class MissingError(Exception):

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, on a machine with one, nvcc, torch and pytest.
 
-    python tools/gpu_check.py [PART ...]       parts: build wrappers tests sanitizer benchmark ...
+    python tools/gpu_check.py [PART ...]
 
 Each part takes a few minutes and stands for itself, but for the build, which comes first; without
 arguments all of them run. What each did is added to build/gpu_check/results.json and printed as a
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -58,8 +59,27 @@ def _benchmark(dtype: str) -> Part:
     )
 
 
+def _wrappers() -> Part:
+    """The emulator's tests, in which each instruction's two bodies meet the same expectations."""
+    recipe = runpy.run_path(str(ROOT / "neuron_ext" / "_extension.py"))
+    tests = ROOT / "tests" / "cuda_emulator"
+    sources = [tests / name for name in ("on_gpu.cu", "test_kernels.cu", "emulator_tests.cpp")]
+    folders = [tests, ROOT / "tests" / "cpp", ROOT / "csrc" / "cpu", ROOT / "csrc" / "cuda"]
+    program = OUTPUT / "wrappers"
+    command = ["nvcc", *recipe["nvcc_args"](), *(f"-I{path}" for path in folders)]
+    command += [f"-I{path}" for path in recipe["include_dirs"]()]
+    command += [str(path) for path in [*sources, *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]]
+    return Part(
+        "wrappers",
+        "each instruction beside its emulation",
+        [[*command, "-o", str(program)], [str(program)]],
+        "nvcc",
+    )
+
+
 PARTS = (
     Part("build", "the extension", [[PYTHON, "setup.py", "build_ext", "--inplace"]]),
+    _wrappers(),
     Part("tests", "values, gradients, streams, graphs", [_pytest()]),
     *(
         Part(tool, "compute-sanitizer over small shapes", [_sanitizer(tool)], "compute-sanitizer")
@@ -76,7 +96,7 @@ def run(part: Part) -> dict[str, Any]:
         return result | {"outcome": "skipped", "last line": f"there is no {part.needs}"}
     environment = os.environ | {
         "NEURON_EXT_CUDA": "1",
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1" if part.needs else "0",
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1" if part.needs == "compute-sanitizer" else "0",
     }
     log = OUTPUT / f"{part.name}.log"
     start = time.monotonic()
@@ -121,8 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=f"parts: {' '.join(names)}"
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", choices=[*names, []])
+    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
     wanted = parser.parse_args(argv).parts or names
+    if unknown := [name for name in wanted if name not in names]:
+        parser.error(f"no part is called {' or '.join(unknown)}")
 
     OUTPUT.mkdir(parents=True, exist_ok=True)
     file = OUTPUT / "results.json"

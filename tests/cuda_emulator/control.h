@@ -27,6 +27,9 @@ inline constexpr int kLaunchFailure = 719;
 /// What was wrong with the last launch; empty if nothing was.
 const std::string& last_error();
 
+/// False on a GPU (on_gpu.cu), where mistakes aren't looked for.
+bool is_emulated();
+
 /// Whether every memory access of the kernels is seen: the race build.
 bool sees_accesses();
 
@@ -40,7 +43,7 @@ class GlobalArray {
   GlobalArray(const GlobalArray&) = delete;
   GlobalArray& operator=(const GlobalArray&) = delete;
 
-  std::byte* data() const { return data_; }
+  std::byte* data() const;
   std::size_t size() const { return bytes_; }
 
   /// What the host wrote counts as written.

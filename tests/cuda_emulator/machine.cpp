@@ -21,6 +21,8 @@ Machine machine;
 
 Settings& settings() { return machine.settings; }
 const std::string& last_error() { return machine.error; }
+bool is_emulated() { return true; }
+
 bool sees_accesses() { return kSeesAccesses; }
 
 // ---- errors -------------------------------------------------------------------------------------

@@ -341,6 +341,8 @@ GlobalArray::~GlobalArray() {
 #endif
 }
 
+std::byte* GlobalArray::data() const { return data_; }
+
 void GlobalArray::set_written() {
   if (!kSeesAccesses) return;
   for (GlobalCell& cell : watched_arrays()[reinterpret_cast<std::uintptr_t>(data_)].cells) {
