@@ -44,8 +44,8 @@ _PEAKS = {
     "AMX bf16": ("peak_amx_bf16", torch.bfloat16),
 }
 # Products of bf16 parts that a product of the dtype takes at full accuracy: three parts of f32
-# (00 01 10 11 02 20), two of f16 whose smallest product falls below what f32 sums keep.
-_BF16_PRODUCTS = {torch.float32: 6, torch.float16: 3, torch.bfloat16: 1}
+# (00 01 10 11 02 20), two of f16, all of whose products f32 sums keep.
+_BF16_PRODUCTS = {torch.float32: 6, torch.float16: 4, torch.bfloat16: 1}
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ consteval GemmKernel pairs_kernel() {
 
 /// What is lost by rounding while packing is gained from 64 k on (Zen 4).
 bool is_medium(const GemmDesc& desc) {
-  return desc.precision == Precision::kMedium && desc.k >= 64 && !is_narrow(desc);
+  return desc.precision == Precision::kMedium && desc.k >= 64 && !is_streamed(desc);
 }
 
 constexpr GemmKernel kCareful = blocked_kernel<VectorF32, kCarefulMr>("f32", kIsa);

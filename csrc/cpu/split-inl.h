@@ -36,6 +36,12 @@ Reg<V> margin_of(Words<V> lowest, Words<V> highest) {
   return low <= V::set1(kBits) || high >= V::set1(kFirstHuge) ? V::set1(kNone) : margin;
 }
 
+/// Two consecutive k in each lane.
+template <class V>
+struct Pairs {
+  Reg<V> even, odd;
+};
+
 /// The magnitudes that a lane has seen, less one, so that zeros, which are harmless, are the
 /// largest; and its sum.
 template <class V>
@@ -43,10 +49,12 @@ struct Seen {
   Words<V> lowest = ~Words<V>{}, highest = {};
   Reg<V> sum = {};
 
-  void note(Reg<V> x) {
-    const Words<V> magnitude = reinterpret_cast<Words<V>>(x) & 0x7fffffff;
-    note(magnitude - 1, magnitude);
-    sum = sum + x;
+  void note(const Pairs<V>& x) {
+    const auto even = reinterpret_cast<Words<V>>(x.even) & 0x7fffffff;
+    const auto odd = reinterpret_cast<Words<V>>(x.odd) & 0x7fffffff;
+    note(even - 1, even);
+    note(odd - 1, odd);
+    sum = sum + (x.even + x.odd);
   }
   void note(Words<V> low, Words<V> high) {
     lowest = low < lowest ? low : lowest;
@@ -54,19 +62,55 @@ struct Seen {
   }
 };
 
-/// What kLanes rows have seen, each in its lane.
-template <class V, class Source>
-Seen<V> see_rows(const Source& source, std::int64_t mn, std::int64_t rows, std::int64_t k,
-                 std::int64_t kc) {
-  Seen<V> seen;
-  if (source.unit_k()) {
-    Reg<V> lowest[V::kLanes], highest[V::kLanes] = {}, sum[V::kLanes] = {};
-    for (Reg<V>& row : lowest) row = reinterpret_cast<Reg<V>>(~Words<V>{});
-    for (std::int64_t i = 0; i < rows; ++i) {
-      Seen<V> row;
-      for (std::int64_t p = 0; p < kc; p += V::kLanes) {
-        row.note(source.along_k(mn + i, k + p, kc - p < V::kLanes ? kc - p : V::kLanes));
-      }
+/// What packing has seen of kWidth rows, be it a row at a time or one k of them all.
+template <class V, int kWidth>
+class Notes {
+ public:
+  /// Of row i.
+  void note_row(std::int64_t i, const Pairs<V>& x) { rows_[i].note(x); }
+
+  /// Of rows i, i + 1, ..., each in its lane.
+  void note_lanes(std::int64_t i, const Pairs<V>& x) {
+    Slice& slice = slices_[i / V::kLanes];
+    slice.recent.note(x);
+    if (++slice.count % kShortSum == 0) slice.flush();
+  }
+
+  /// Writes what is known of the rows, and returns their least margin.
+  template <int kBits>
+  int describe(Scalar<V>* known) {
+    for (int first = 0; first < kWidth; first += V::kLanes) {
+      Slice& slice = slices_[first / V::kLanes];
+      slice.flush();
+      Seen<V> seen = slice.all;
+      add_rows(first, seen);
+      const int left = kWidth - first, stored = left < V::kLanes ? left : V::kLanes;
+      store<V>(known + first, margin_of<V, kBits>(seen.lowest, seen.highest), stored);
+      store<V>(known + kWidth + first, seen.sum, stored);
+    }
+    Scalar<V> least = known[0];
+    for (int i = 1; i < kWidth; ++i) least = known[i] < least ? known[i] : least;
+    return static_cast<int>(least);
+  }
+
+ private:
+  static constexpr int kSlices = (kWidth + V::kLanes - 1) / V::kLanes;
+
+  struct Slice {
+    void flush() {
+      all.note(recent.lowest, recent.highest);
+      all.sum = all.sum + recent.sum;
+      recent = {};
+    }
+    Seen<V> recent, all;
+    std::int64_t count = 0;
+  };
+
+  /// Takes what was seen of kLanes rows one by one into their lanes.
+  void add_rows(int first, Seen<V>& seen) const {
+    Reg<V> lowest[V::kLanes], highest[V::kLanes], sum[V::kLanes];
+    for (int i = 0; i < V::kLanes; ++i) {
+      const Seen<V>& row = rows_[first + i];
       lowest[i] = reinterpret_cast<Reg<V>>(row.lowest);
       highest[i] = reinterpret_cast<Reg<V>>(row.highest);
       sum[i] = row.sum;
@@ -78,38 +122,11 @@ Seen<V> see_rows(const Source& source, std::int64_t mn, std::int64_t rows, std::
       seen.note(reinterpret_cast<Words<V>>(lowest[i]), reinterpret_cast<Words<V>>(highest[i]));
       seen.sum = seen.sum + sum[i];
     }
-  } else {
-    for (std::int64_t begin = 0; begin < kc; begin += kShortSum) {
-      Seen<V> block;
-      for (std::int64_t p = begin; p < kc && p < begin + kShortSum; ++p) {
-        block.note(source.along_mn(mn, k + p, rows));
-      }
-      seen.note(block.lowest, block.highest);
-      seen.sum = seen.sum + block.sum;
-    }
   }
-  return seen;
-}
 
-/// Writes what is known of a panel's rows, and returns their least margin.
-template <class V, int kWidth, int kBits, class Source>
-int describe_rows(const Source& source, std::int64_t mn, std::int64_t count, std::int64_t k,
-                  std::int64_t kc, Scalar<V>* known) {
-  for (int first = 0; first < kWidth; first += V::kLanes) {
-    const std::int64_t left = count - first, lanes = kWidth - first;
-    const Seen<V> seen = see_rows<V>(source, mn + first,
-                                     left < 0           ? 0
-                                     : left < V::kLanes ? left
-                                                        : V::kLanes,
-                                     k, kc);
-    const std::int64_t stored = lanes < V::kLanes ? lanes : V::kLanes;
-    store<V>(known + first, margin_of<V, kBits>(seen.lowest, seen.highest), stored);
-    store<V>(known + kWidth + first, seen.sum, stored);
-  }
-  Scalar<V> least = known[0];
-  for (int i = 1; i < kWidth; ++i) least = known[i] < least ? known[i] : least;
-  return static_cast<int>(least);
-}
+  Seen<V> rows_[kSlices * V::kLanes];
+  Slice slices_[kSlices];
+};
 
 /// As sum_panel, of what is known.
 template <class V, int kWidth>
@@ -131,12 +148,6 @@ void take_careful(std::int64_t rows, const Scalar<V>* a_known, const Scalar<V>* 
 }
 
 // ---- parts --------------------------------------------------------------------------------------
-
-/// Two consecutive k in each lane.
-template <class V>
-struct Pairs {
-  Reg<V> even, odd;
-};
 
 /// The bf16 nearest to each of two, in a place. V may have an instruction for it, which may take
 /// subnormal numbers for zeros.
@@ -190,17 +201,23 @@ constexpr int kCarefulMr = 4;
 // ---- one part, in pairs (pairs-inl.h) -----------------------------------------------------------
 
 /// What pack_source reads to round f32 to bf16.
-template <class V, class Source>
+template <class V, int kWidth, class Source>
 struct RoundedPairs {
   SourcePairs<V, Source> pairs;
+  std::int64_t first;  // the panel's first row
+  Notes<V, kWidth>& notes;
 
   bool unit_k() const { return pairs.unit_k(); }
   void prefetch(std::int64_t mn, std::int64_t p) const { pairs.prefetch(mn, p); }
   Reg<V> along_k(std::int64_t mn, std::int64_t p, std::int64_t count) const {
-    return reinterpret_cast<Reg<V>>(nearest_pairs<V>(pairs.along_k(mn, p, count)));
+    const Pairs<V> x = pairs.along_k(mn, p, count);
+    notes.note_row(mn - first, x);
+    return reinterpret_cast<Reg<V>>(nearest_pairs<V>(x));
   }
   Reg<V> along_mn(std::int64_t mn, std::int64_t p, std::int64_t count) const {
-    return reinterpret_cast<Reg<V>>(nearest_pairs<V>(pairs.along_mn(mn, p, count)));
+    const Pairs<V> x = pairs.along_mn(mn, p, count);
+    notes.note_lanes(mn - first, x);
+    return reinterpret_cast<Reg<V>>(nearest_pairs<V>(x));
   }
 };
 
@@ -208,16 +225,14 @@ struct RoundedPairs {
 template <class V, class T, int kWidth>
 int pack_rounded_pairs(const Operand& operand, std::int64_t mn, std::int64_t count, std::int64_t k,
                        std::int64_t kc, void* panel) {
-  int least = 0;
+  auto* const places = static_cast<Scalar<V>*>(panel);
+  const std::int64_t depth = (kc + 1) / 2;
+  Notes<V, kWidth> notes;
   visit_source<V, T>(operand, [&]<class Source>(const Source& source) {
-    const RoundedPairs<V, Source> rounded{{source, k + kc}};
-    const std::int64_t depth = (kc + 1) / 2;
-    auto* const places = static_cast<Scalar<V>*>(panel);
+    const RoundedPairs<V, kWidth, Source> rounded{{source, k + kc}, mn, notes};
     pack_source<V, kWidth>(rounded, mn, count, k / 2, depth, places);
-    least = describe_rows<V, kWidth, bits_of_planes(1)>(source, mn, count, k, kc,
-                                                        places + kWidth * depth);
   });
-  return least;
+  return notes.template describe<bits_of_planes(1)>(places + kWidth * depth);
 }
 
 template <class V, int kWidth>

@@ -26,8 +26,11 @@ constexpr int kTileRows = 16, kTileWords = kTileRows * 16;  // of 32 bits
 constexpr int kTileK = 32;                                  // bf16 in a row of A's tiles
 constexpr int kPanelRows = 2 * kTileRows;
 
-// Longest block of k: a panel's plane of 16 KiB stays in the L1 cache while another passes.
-constexpr std::int64_t kBlockOfTiles = 256;
+// Longest block of k. Of several products, so that a panel's plane of 16 KiB stays in the L1 cache
+// while another passes. Of one, longer: sums are read and written for every block, which for 256 k
+// takes half as long as the products.
+template <class Products>
+constexpr std::int64_t kBlockOfTiles = Products::kPlanes == 1 ? 512 : 256;
 
 struct PlaneProduct {
   int a, b;
@@ -82,11 +85,13 @@ void transpose_tile(Scalar<V>* tile) {
   for (int i = 0; i < V::kLanes; ++i) store<V>(tile + i * V::kLanes, row[i]);
 }
 
-/// A panel's planes. Where k is contiguous a tile is read row by row of the operand, else pair by
-/// pair of k; A's have the former for their rows, B's the latter, so one of them is transposed.
+/// A panel's planes, and notes of its rows. Where k is contiguous a tile is read row by row of the
+/// operand, else pair by pair of k; A's have the former for their rows, B's the latter, so one of
+/// them is transposed.
 template <class V, int kPlanes, bool kIsA, class Source>
 void pack_planes(const SourcePairs<V, Source>& pairs, std::int64_t mn, std::int64_t count,
-                 std::int64_t k, std::int64_t steps, Scalar<V>* panel) {
+                 std::int64_t k, std::int64_t steps, Scalar<V>* panel,
+                 Notes<V, kPanelRows>& notes) {
   static_assert(V::kLanes == kTileRows);
   const std::int64_t plane = plane_words(steps);
   if (pairs.unit_k()) {
@@ -105,8 +110,10 @@ void pack_planes(const SourcePairs<V, Source>& pairs, std::int64_t mn, std::int6
         Pairs<V> x = {};
         if (!pairs.unit_k()) {
           if (2 * (p + row) < pairs.end) x = pairs.along_mn(mn + first, p + row, rows);
+          notes.note_lanes(first, x);
         } else if (row < rows) {
           x = pairs.along_k(mn + first + row, p, V::kLanes);
+          notes.note_row(first + row, x);
         }
         store_parts<V, kPlanes>(x, tile + row * V::kLanes, plane);
       }
@@ -123,14 +130,12 @@ int pack_tiles(const Operand& operand, std::int64_t mn, std::int64_t count, std:
   constexpr int kPlanes = Products::kPlanes;
   const std::int64_t steps = (kc + kTileK - 1) / kTileK;
   auto* const words = static_cast<Scalar<V>*>(panel);
-  int least = 0;
+  Notes<V, kPanelRows> notes;
   visit_source<V, T>(operand, [&]<class Source>(const Source& source) {
     pack_planes<V, kPlanes, kIsA>(SourcePairs<V, Source>{source, k + kc}, mn, count, k, steps,
-                                  words);
-    least = describe_rows<V, kPanelRows, bits_of_planes(kPlanes)>(
-        source, mn, count, k, kc, words + kPlanes * plane_words(steps));
+                                  words, notes);
   });
-  return least;
+  return notes.template describe<bits_of_planes(kPlanes)>(words + kPlanes * plane_words(steps));
 }
 
 template <class V, class Products>
@@ -232,7 +237,7 @@ consteval GemmKernel tiles_kernel(const char* name, bool (*accepts)(const GemmDe
   kernel.kr = kTileK;
   kernel.places = Products::kPlanes * kTileK / 2;
   kernel.known = kKnown;
-  kernel.kc = kBlockOfTiles;
+  kernel.kc = kBlockOfTiles<Products>;
   kernel.prepare = Tiles::configure;
   kernel.release = Tiles::release;
   kernel.microkernel = multiply_panels<V, Tiles, Products>;
