@@ -4,7 +4,7 @@
 //
 //   autocast   casts the arguments                               layer_autocast
 //   autograd   decides who differentiates, and records a node    layer_autograd, LayerNode
-//   a device   CPU: the kernels                                  layer_cpu
+//   a device   CPU, and CUDA if built: the kernels               layer_cpu
 //              Meta: shapes only                                 layer_meta
 //              all others: ATen                                  layer_aten
 //
