@@ -32,7 +32,7 @@ Precision precision_of_f32(c10::Device device) {
 }
 
 RowsView transposed(const RowsView& view) {
-  return {view.owner, view.data, view.columns, view.rows, view.column_stride, view.row_stride};
+  return {{}, view.data, view.columns, view.rows, view.column_stride, view.row_stride};
 }
 
 /// A product that is put together operand by operand.
@@ -114,7 +114,7 @@ void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::
   product.desc.epilogue = f;
   if (bias.defined()) {
     product.desc.has_bias = true;
-    product.desc.bias_stride = bias.stride(0);
+    product.desc.bias_stride = bias_stride(bias);
     product.at.bias = bias.const_data_ptr();
   }
   const at::Tensor packed = is_constant ? packed_weight(weight, x.rows) : at::Tensor();

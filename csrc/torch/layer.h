@@ -25,8 +25,13 @@ bool f32_is_strict();
 /// The precision of products of `work` multiply-adds.
 Precision precision_for(DType dtype, double work, c10::Device device = at::kCPU);
 
-/// y = f(x Wᵀ + b), y contiguous; bias a vector or undefined. `is_constant`: no gradient is in
-/// view, so that the weight may be one of the packed ones.
+/// The step from column to column of a bias that kernels take; 0 where one value is for all.
+inline std::int64_t bias_stride(const at::Tensor& bias) {
+  return bias.dim() == 0 || bias.size(-1) == 1 ? 0 : bias.stride(-1);
+}
+
+/// y = f(x Wᵀ + b), y contiguous. `is_constant`: no gradient is in view, so that the weight may be
+/// one of the packed ones.
 void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::Tensor& bias,
            void* y, bool is_constant);
 
@@ -37,9 +42,8 @@ void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, 
 void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, void* dw, void* db,
            DType dtype, c10::Device device = at::kCPU);
 
-/// Puts `output`, a new tensor, into the graph as a sigmoid layer's result. The bias, a vector or
-/// undefined, only has its place in the graph looked at; weight and input also have their values
-/// kept, each if the other needs a gradient. (linear.cpp)
+/// Puts `output`, a new tensor, into the graph as a sigmoid layer's result (linear.cpp). Of the
+/// bias, a vector if it is there, only its place in the graph is looked at.
 void record_sigmoid_layer(const at::Tensor& output, const at::Tensor& input,
                           const at::Tensor& weight, const at::Tensor& bias);
 

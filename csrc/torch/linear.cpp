@@ -41,10 +41,9 @@ constexpr const char* op_name(Activation f) {
 
 /// The operations themselves, through whichever stages there are to pass (end of file).
 template <Activation f>
-Tensor layer(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+Tensor layer(const Tensor& input, const Tensor& weight, const Tensor& bias);
 
-/// `input` and `weight` may be undefined, here and below (ops.h says when); `output`
-/// is, for the identity.
+/// `output` is undefined for the identity.
 template <Activation f>
 Gradients layer_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                          const Tensor& output, Mask mask);
@@ -52,16 +51,16 @@ Gradients layer_backward(const Tensor& grad_output, const Tensor& input, const T
 // ---- ATen ---------------------------------------------------------------------------------------
 
 template <Activation f>
-Tensor layer_aten(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+Tensor layer_aten(const Tensor& input, const Tensor& weight, const Tensor& bias) {
   warn_of_cuda(input);
   return with_context(
       [&] {
-        const Tensor z = at::linear(input, weight, bias);
+        const Tensor z = at::linear(input, weight, optional(bias));
         return f == Activation::kSigmoid ? at::sigmoid(z) : z;
       },
       [&] {
         return c10::str(op_name(f), ": input is ", describe(input), ", weight is ",
-                        describe(weight), ", bias is ", describe(value_or_undefined(bias)));
+                        describe(weight), ", bias is ", describe(bias));
       });
 }
 
@@ -106,7 +105,7 @@ bool kernels_take_backward(const Tensor& grad_output, const Tensor& input, const
          goes_with(grad_output, weight) && goes_with(grad_output, output);
 }
 
-/// Of arguments that were checked; bias a vector or undefined.
+/// Of arguments that were checked.
 template <Activation f>
 Tensor compute_layer(const Tensor& input, const Tensor& weight, const Tensor& bias) {
   Tensor output = empty_rows(input, weight.size(0));
@@ -116,11 +115,10 @@ Tensor compute_layer(const Tensor& input, const Tensor& weight, const Tensor& bi
 }
 
 template <Activation f>
-Tensor layer_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias) {
-  const Tensor& bias = value_or_undefined(optional_bias);
-  if (!kernels_take(input, weight, bias)) return layer_aten<f>(input, weight, optional_bias);
-  check_layer(op_name(f), input, weight, bias);
-  return compute_layer<f>(input, weight, as_vector(bias, weight));
+Tensor layer_cpu(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  if (!kernels_take(input, weight, bias)) return layer_aten<f>(input, weight, bias);
+  check_layer({op_name(f)}, input, weight, bias);
+  return compute_layer<f>(input, weight, bias);
 }
 
 Gradients layer_backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
@@ -151,10 +149,9 @@ Gradients layer_backward_cpu(const Tensor& grad_output, const Tensor& input, con
 // ---- Meta ---------------------------------------------------------------------------------------
 
 template <Activation f>
-Tensor layer_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& optional_bias) {
-  const Tensor& bias = value_or_undefined(optional_bias);
-  if (!kernels_take(input, weight, bias)) return layer_aten<f>(input, weight, optional_bias);
-  check_layer(op_name(f), input, weight, bias);
+Tensor layer_meta(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  if (!kernels_take(input, weight, bias)) return layer_aten<f>(input, weight, bias);
+  check_layer({op_name(f)}, input, weight, bias);
   return empty_rows_symint(input, weight.sym_size(0));
 }
 
@@ -193,16 +190,17 @@ struct LayerNode {
   }
 };
 
-/// Puts `output`, a new tensor, into the graph as a layer's result; bias a vector or undefined.
+/// Puts `output`, a new tensor, into the graph as a layer's result. Of the bias, a vector if it is
+/// there, only its place in the graph is looked at.
 template <Activation f>
 void record_layer(const Tensor& output, const Tensor& input, const Tensor& weight,
                   const Tensor& bias) {
   const auto node = make_node<LayerNode<f>>(3);
   for (const Tensor* t : {&input, &weight, &bias}) node->add_input(*t);
-  node->save(needs_grad(weight) ? input : Tensor());
-  node->save(needs_grad(input) ? weight : Tensor());
+  node->save_if(needs_grad(weight), input);
+  node->save_if(needs_grad(input), weight);
   node->set_results(output);
-  node->save_result(gradient_needs(f) == GradientNeeds::kOutput ? output : Tensor());
+  node->save_result_if(gradient_needs(f) == GradientNeeds::kOutput, output);
   node->finish();
 }
 
@@ -227,7 +225,7 @@ struct LayerBackwardNode {
       Tensor g = u.defined() ? neuron_ext::linear(u, w) : Tensor();
       if (v.defined() || s.defined()) {
         const Tensor term =
-            v.defined() ? neuron_ext::linear(x, v, optional(s)) : s.expand_symint(dy.sym_sizes());
+            v.defined() ? neuron_ext::linear(x, v, s) : s.expand_symint(dy.sym_sizes());
         g = g.defined() ? g + term : term;
       }
       if (for_dy) result[0] = f == Activation::kSigmoid ? neuron_ext::sigmoid_backward(g, y) : g;
@@ -241,28 +239,25 @@ struct LayerBackwardNode {
   }
 };
 
-/// The layer and its node; `below` computes it below autograd, bias being a vector or undefined.
+/// The layer and its node; `below` computes it below autograd.
 template <Activation f, class Below>
 Tensor layer_with_node(const Tensor& input, const Tensor& weight, const Tensor& bias,
                        const Below& below) {
-  check_layer(op_name(f), input, weight, bias);
-  const Tensor vector = as_vector(bias, weight);
-  Tensor output = below(input, weight, vector);
-  record_layer<f>(output, input, weight, vector);
+  check_layer({op_name(f)}, input, weight, bias);
+  Tensor output = below(input, weight, bias);
+  record_layer<f>(output, input, weight, *as_vector(bias, weight));
   return output;
 }
 
 template <Activation f>
-Tensor layer_autograd(const Tensor& input, const Tensor& weight,
-                      const OptionalTensor& optional_bias) {
-  const Tensor& bias = value_or_undefined(optional_bias);
+Tensor layer_autograd(const Tensor& input, const Tensor& weight, const Tensor& bias) {
   if (transform_is_active() || has_tangent(input) || has_tangent(weight) || has_tangent(bias) ||
       !kernels_take(input, weight, bias)) {
-    return layer_aten<f>(input, weight, optional_bias);
+    return layer_aten<f>(input, weight, bias);
   }
   const auto below = [](const Tensor& x, const Tensor& w, const Tensor& b) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return layer<f>(x, w, optional(b));
+    return layer<f>(x, w, b);
   };
   return needs_node(input, weight, bias) ? layer_with_node<f>(input, weight, bias, below)
                                          : below(input, weight, bias);
@@ -285,7 +280,7 @@ Gradients layer_backward_autograd(const Tensor& grad_output, const Tensor& input
   const auto node = make_node<LayerBackwardNode<f>>(4);
   for (const Tensor* t : {&grad_output, &input, &weight, &output}) {
     node->add_input(*t);
-    node->save(*t);
+    node->save_if(true, *t);
   }
   const Gradients grads = below();
   std::apply([&](const auto&... grad) { node->set_results(grad...); }, grads);
@@ -296,7 +291,7 @@ Gradients layer_backward_autograd(const Tensor& grad_output, const Tensor& input
 // ---- autocast -----------------------------------------------------------------------------------
 
 template <Activation f, at::DeviceType device>
-Tensor layer_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+Tensor layer_autocast(const Tensor& input, const Tensor& weight, const Tensor& bias) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto dtype = at::autocast::get_autocast_dtype(device);
@@ -307,8 +302,13 @@ Tensor layer_autocast(const Tensor& input, const Tensor& weight, const OptionalT
 
 // ---- registration -------------------------------------------------------------------------------
 
-/// The backward operations as their schemas have them: optional arguments, and no output for
-/// linear's.
+/// The operations as their schemas have them: with optional tensors, and no output for
+/// linear_backward.
+template <Tensor (*stage)(const Tensor&, const Tensor&, const Tensor&)>
+Tensor of_layer(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  return stage(input, weight, value_or_undefined(bias));
+}
+
 using Backward = Gradients(const Tensor&, const Tensor&, const Tensor&, const Tensor&, Mask);
 
 template <Backward* backward>
@@ -327,15 +327,20 @@ Gradients of_linear_sigmoid(const Tensor& grad_output, const OptionalTensor& inp
 template <Activation f>
 void register_layer(torch::Library& library, const char* name) {
   using c10::DispatchKey;
-  library.impl(name, torch::dispatch(DispatchKey::CompositeExplicitAutograd, layer_aten<f>));
-  library.impl(name, torch::dispatch(DispatchKey::FuncTorchBatched, layer_aten<f>));
-  library.impl(name, torch::dispatch(DispatchKey::Batched, layer_aten<f>));
-  library.impl(name, torch::dispatch(DispatchKey::CPU, layer_cpu<f>));
-  if (gpu::kIsBuilt) library.impl(name, torch::dispatch(DispatchKey::CUDA, layer_cpu<f>));
-  library.impl(name, torch::dispatch(DispatchKey::Meta, layer_meta<f>));
-  library.impl(name, torch::dispatch(DispatchKey::Autograd, layer_autograd<f>));
-  library.impl(name, torch::dispatch(DispatchKey::AutocastCPU, layer_autocast<f, at::kCPU>));
-  library.impl(name, torch::dispatch(DispatchKey::AutocastCUDA, layer_autocast<f, at::kCUDA>));
+  library.impl(name,
+               torch::dispatch(DispatchKey::CompositeExplicitAutograd, of_layer<layer_aten<f>>));
+  library.impl(name, torch::dispatch(DispatchKey::FuncTorchBatched, of_layer<layer_aten<f>>));
+  library.impl(name, torch::dispatch(DispatchKey::Batched, of_layer<layer_aten<f>>));
+  library.impl(name, torch::dispatch(DispatchKey::CPU, of_layer<layer_cpu<f>>));
+  if (gpu::kIsBuilt) {
+    library.impl(name, torch::dispatch(DispatchKey::CUDA, of_layer<layer_cpu<f>>));
+  }
+  library.impl(name, torch::dispatch(DispatchKey::Meta, of_layer<layer_meta<f>>));
+  library.impl(name, torch::dispatch(DispatchKey::Autograd, of_layer<layer_autograd<f>>));
+  library.impl(name,
+               torch::dispatch(DispatchKey::AutocastCPU, of_layer<layer_autocast<f, at::kCPU>>));
+  library.impl(name,
+               torch::dispatch(DispatchKey::AutocastCUDA, of_layer<layer_autocast<f, at::kCUDA>>));
 }
 
 template <class Function>
@@ -354,17 +359,17 @@ void impl_backward(torch::Library& library, const char* name, Function aten, Fun
 // ---- the operations -----------------------------------------------------------------------------
 
 template <Activation f>
-Tensor layer(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  const Tensor& b = value_or_undefined(bias);
-  const Shortcut to = shortcut_for(input, weight, b);
+Tensor layer(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  const Shortcut to = shortcut_for(input, weight, bias);
   if (to == Shortcut::kCpu) return layer_cpu<f>(input, weight, bias);
   if (to == Shortcut::kNode) {
-    return kernels_take(input, weight, b) ? layer_with_node<f>(input, weight, b, compute_layer<f>)
-                                          : layer_aten<f>(input, weight, bias);
+    return kernels_take(input, weight, bias)
+               ? layer_with_node<f>(input, weight, bias, compute_layer<f>)
+               : layer_aten<f>(input, weight, bias);
   }
   static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
       f == Activation::kSigmoid ? "neuron_ext::linear_sigmoid" : "neuron_ext::linear");
-  return op.call(input, weight, bias);
+  return op.call(input, weight, optional(bias));
 }
 
 template <Activation f>
@@ -417,25 +422,22 @@ void record_sigmoid_layer(const Tensor& output, const Tensor& input, const Tenso
   record_layer<Activation::kSigmoid>(output, input, weight, bias);
 }
 
-Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+Tensor linear(const Tensor& input, const Tensor& weight, const Tensor& bias) {
   return layer<Activation::kIdentity>(input, weight, bias);
 }
 
-Tensor linear_sigmoid(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+Tensor linear_sigmoid(const Tensor& input, const Tensor& weight, const Tensor& bias) {
   return layer<Activation::kSigmoid>(input, weight, bias);
 }
 
-Gradients linear_backward(const Tensor& grad_output, const OptionalTensor& input,
-                          const OptionalTensor& weight, Mask output_mask) {
-  return layer_backward<Activation::kIdentity>(grad_output, value_or_undefined(input),
-                                               value_or_undefined(weight), Tensor(), output_mask);
+Gradients linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                          Mask output_mask) {
+  return layer_backward<Activation::kIdentity>(grad_output, input, weight, Tensor(), output_mask);
 }
 
-Gradients linear_sigmoid_backward(const Tensor& grad_output, const OptionalTensor& input,
-                                  const OptionalTensor& weight, const Tensor& output,
-                                  Mask output_mask) {
-  return layer_backward<Activation::kSigmoid>(grad_output, value_or_undefined(input),
-                                              value_or_undefined(weight), output, output_mask);
+Gradients linear_sigmoid_backward(const Tensor& grad_output, const Tensor& input,
+                                  const Tensor& weight, const Tensor& output, Mask output_mask) {
+  return layer_backward<Activation::kSigmoid>(grad_output, input, weight, output, output_mask);
 }
 
 }  // namespace neuron_ext

@@ -29,7 +29,6 @@ using at::Tensor;
 using at::TensorList;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
-using OptionalTensors = at::ArrayRef<std::optional<Tensor>>;
 using Name = std::optional<std::string_view>;
 using OutputAndHidden = std::tuple<Tensor, Tensor>;
 
@@ -50,28 +49,24 @@ Activation activation_of(size_t layer, size_t depth, const Name& output_activati
                                                             : Activation::kIdentity;
 }
 
-const Tensor& bias_of(OptionalTensors biases, size_t layer) {
-  return value_or_undefined(biases[layer]);
-}
-
-bool kernels_take_stack(const Tensor& input, TensorList weights, OptionalTensors biases) {
+bool kernels_take_stack(const Tensor& input, TensorList weights, TensorList biases) {
   if (biases.size() != weights.size()) return false;
   for (size_t i = 0; i < weights.size(); ++i) {
-    if (!kernels_take(input, weights[i], bias_of(biases, i))) return false;
+    if (!kernels_take(input, weights[i], biases[i])) return false;
   }
   return true;
 }
 
 /// Whether the layers plainly fit the input and each other: a look at plain sizes, where
 /// check_layers asks symbolic ones and makes words, which would cost a tiny stack a microsecond.
-bool layers_fit(const Tensor& input, TensorList weights, OptionalTensors biases) {
+bool layers_fit(const Tensor& input, TensorList weights, TensorList biases) {
   const auto is_plain = [](const Tensor& t) {
     return !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
   };
   if (!is_plain(input) || input.dim() == 0) return false;
   std::int64_t features = input.sizes().back();
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor &weight = weights[i], &bias = bias_of(biases, i);
+    const Tensor &weight = weights[i], &bias = biases[i];
     if (!is_plain(weight) || weight.size(1) != features) return false;
     features = weight.size(0);
     if (bias.defined() && !(is_plain(bias) && bias.dim() == 1 && bias.size(0) == features)) {
@@ -82,23 +77,22 @@ bool layers_fit(const Tensor& input, TensorList weights, OptionalTensors biases)
 }
 
 /// Raises unless the layers' shapes agree with the input's and with each other.
-void check_layers(const Tensor& input, TensorList weights, OptionalTensors biases) {
+void check_layers(const Tensor& input, TensorList weights, TensorList biases) {
   if (layers_fit(input, weights, biases)) return;
-  check_layer("mlp, layer 0", input, weights[0], bias_of(biases, 0));
+  check_layer({"mlp", 0}, input, weights[0], biases[0]);
   for (size_t i = 1; i < weights.size(); ++i) {
     const auto out_features = weights[i - 1].sym_size(0), in_features = weights[i].sym_size(1);
-    TORCH_CHECK(out_features.sym_eq(in_features).expect_true(__FILE__, __LINE__), "mlp, layer ", i,
-                ": weight has shape ", shape_of(weights[i]),
-                " and so takes in_features = ", in_features, ", but the weight of layer ", i - 1,
-                " has shape ", shape_of(weights[i - 1]),
+    TORCH_CHECK(same_size(out_features, in_features), "mlp, layer ", i, ": weight has shape ",
+                shape_of(weights[i]), " and so takes in_features = ", in_features,
+                ", but the weight of layer ", i - 1, " has shape ", shape_of(weights[i - 1]),
                 " and so gives out_features = ", out_features);
-    check_bias(c10::str("mlp, layer ", i), bias_of(biases, i), weights[i], input.dim());
+    check_bias({"mlp", i}, biases[i], weights[i], input.dim());
   }
 }
 
 /// One layer through the operations of linear.cpp, which find their own way.
 Tensor run_layer(size_t layer, size_t depth, const Tensor& input, const Tensor& weight,
-                 const OptionalTensor& bias, const Name& output_activation) {
+                 const Tensor& bias, const Name& output_activation) {
   return with_context(
       [&] {
         return activation_of(layer, depth, output_activation) == Activation::kSigmoid
@@ -108,7 +102,7 @@ Tensor run_layer(size_t layer, size_t depth, const Tensor& input, const Tensor& 
       [&] { return c10::str("mlp, layer ", layer); });
 }
 
-Tensor mlp_by_layers(const Tensor& input, TensorList weights, OptionalTensors biases,
+Tensor mlp_by_layers(const Tensor& input, TensorList weights, TensorList biases,
                      const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   Tensor h = input;
@@ -118,8 +112,8 @@ Tensor mlp_by_layers(const Tensor& input, TensorList weights, OptionalTensors bi
   return h;
 }
 
-OutputAndHidden mlp_forward_by_layers(const Tensor& input, TensorList weights,
-                                      OptionalTensors biases, const Name& output_activation) {
+OutputAndHidden mlp_forward_by_layers(const Tensor& input, TensorList weights, TensorList biases,
+                                      const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   const size_t depth = weights.size();
   std::vector<Tensor> hidden;
@@ -133,6 +127,22 @@ OutputAndHidden mlp_forward_by_layers(const Tensor& input, TensorList weights,
 
 // ---- CPU ----------------------------------------------------------------------------------------
 
+/// Memory for the time of a call: on the stack where it's little, as a tensor costs what a small
+/// layer does.
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t bytes) {
+    if (bytes > static_cast<std::int64_t>(sizeof(little_))) much_ = empty_cpu({bytes}, at::kByte);
+  }
+  std::byte* data() {
+    return much_.defined() ? static_cast<std::byte*>(much_.mutable_data_ptr()) : little_;
+  }
+
+ private:
+  alignas(64) std::byte little_[4096];
+  Tensor much_;
+};
+
 /// `rows` contiguous rows at `data`.
 RowsView rows_at(const void* data, std::int64_t rows, std::int64_t columns) {
   return {Tensor(), data, rows, columns, columns, 1};
@@ -140,7 +150,7 @@ RowsView rows_at(const void* data, std::int64_t rows, std::int64_t columns) {
 
 /// A stack of checked arguments. The hidden layers' outputs go to `hidden`, end to end, or, if that
 /// is undefined, nowhere: then no gradient is in view.
-Tensor run_stack(const Tensor& input, TensorList weights, OptionalTensors biases,
+Tensor run_stack(const Tensor& input, TensorList weights, TensorList biases,
                  const Name& output_activation, const RowsView& x, const Tensor& hidden) {
   const size_t depth = weights.size();
   Tensor output = empty_rows(input, weights.back().size(0));
@@ -158,9 +168,9 @@ Tensor run_stack(const Tensor& input, TensorList weights, OptionalTensors biases
     layer.weight = weight.const_data_ptr();
     layer.weight_stride_out = weight.stride(0);
     layer.weight_stride_in = weight.stride(1);
-    if (const Tensor bias = as_vector(bias_of(biases, i), weight); bias.defined()) {
-      layer.bias = bias.const_data_ptr();
-      layer.bias_stride = bias.stride(0);
+    if (biases[i].defined()) {
+      layer.bias = biases[i].const_data_ptr();
+      layer.bias_stride = bias_stride(biases[i]);
     }
     if (i + 1 == depth) {
       layer.output = output.mutable_data_ptr();
@@ -185,7 +195,7 @@ Tensor run_stack(const Tensor& input, TensorList weights, OptionalTensors biases
   return output;
 }
 
-Tensor mlp_cpu(const Tensor& input, TensorList weights, OptionalTensors biases,
+Tensor mlp_cpu(const Tensor& input, TensorList weights, TensorList biases,
                const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (!kernels_take_stack(input, weights, biases)) {
@@ -196,7 +206,7 @@ Tensor mlp_cpu(const Tensor& input, TensorList weights, OptionalTensors biases,
 }
 
 /// Of arguments that were checked.
-OutputAndHidden compute_stack(const Tensor& input, TensorList weights, OptionalTensors biases,
+OutputAndHidden compute_stack(const Tensor& input, TensorList weights, TensorList biases,
                               const Name& output_activation) {
   const RowsView x = as_rows(input);
   std::int64_t width = 0;
@@ -206,7 +216,7 @@ OutputAndHidden compute_stack(const Tensor& input, TensorList weights, OptionalT
   return {output, hidden};
 }
 
-OutputAndHidden mlp_forward_cpu(const Tensor& input, TensorList weights, OptionalTensors biases,
+OutputAndHidden mlp_forward_cpu(const Tensor& input, TensorList weights, TensorList biases,
                                 const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (!kernels_take_stack(input, weights, biases)) {
@@ -272,7 +282,7 @@ void Backward::check() const {
   TORCH_CHECK(grad_output.dim() >= 1, where,
               ": grad_output has shape (), expected (*, out_features)");
   const auto fits = [](const Tensor& t, size_t dim, const c10::SymInt& size) {
-    return t.sym_size(dim).sym_eq(size).expect_true(__FILE__, __LINE__);
+    return same_size(t.sym_size(dim), size);
   };
   for (size_t i = 0; i < n; ++i) {
     if (!wants_before(i)) continue;
@@ -318,8 +328,8 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
   // Gradients of the hidden layers' outputs, in two buffers that take turns.
   std::int64_t widest = 0;
   for (size_t i = 1; i < depth; ++i) widest = std::max(widest, in_features(i));
-  Tensor buffers = empty_cpu({2, rows * widest}, dtype);
-  auto* const buffer = static_cast<char*>(buffers.mutable_data_ptr());
+  const std::int64_t bytes = rows * widest * size;
+  Scratch buffers(2 * bytes);
 
   std::vector<Tensor> grads(call.mask.size());
   const auto* h_end = static_cast<const char*>(hidden.const_data_ptr()) + hidden.numel() * size;
@@ -344,7 +354,7 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
       grads[0] = empty_rows(call.grad_output, weight.size(1));
       dgrad(dy, y, weight, grads[0].mutable_data_ptr());
     } else {
-      void* const dh = buffer + (i % 2) * rows * widest * size;
+      void* const dh = buffers.data() + (i % 2) * bytes;
       dgrad(dy, y, weight, dh);
       dy = rows_at(dh, rows, in_features(i));
       y = x;
@@ -359,7 +369,7 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
 
 // ---- Meta ---------------------------------------------------------------------------------------
 
-Tensor mlp_meta(const Tensor& input, TensorList weights, OptionalTensors biases,
+Tensor mlp_meta(const Tensor& input, TensorList weights, TensorList biases,
                 const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (!kernels_take_stack(input, weights, biases)) {
@@ -369,7 +379,7 @@ Tensor mlp_meta(const Tensor& input, TensorList weights, OptionalTensors biases,
   return empty_rows_symint(input, weights.back().sym_size(0));
 }
 
-OutputAndHidden mlp_forward_meta(const Tensor& input, TensorList weights, OptionalTensors biases,
+OutputAndHidden mlp_forward_meta(const Tensor& input, TensorList weights, TensorList biases,
                                  const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (!kernels_take_stack(input, weights, biases)) {
@@ -405,28 +415,38 @@ std::vector<Tensor> mlp_backward_meta(const Backward& call) {
 // ---- autograd -----------------------------------------------------------------------------------
 
 /// The operation itself, through whichever stages there are to pass.
-Tensor call_mlp(const Tensor& input, TensorList weights, OptionalTensors biases,
+Tensor call_mlp(const Tensor& input, TensorList weights, TensorList biases,
                 const Name& output_activation);
 std::vector<Tensor> mlp_backward_autograd(const Backward& call);
 
-bool any_tangent(const Tensor& input, TensorList weights, OptionalTensors biases) {
-  bool any = has_tangent(input) || std::any_of(weights.begin(), weights.end(), has_tangent);
-  for (size_t i = 0; i < biases.size(); ++i) any |= has_tangent(bias_of(biases, i));
-  return any;
+bool any_tangent(const Tensor& input, TensorList weights, TensorList biases) {
+  return has_tangent(input) || std::any_of(weights.begin(), weights.end(), has_tangent) ||
+         std::any_of(biases.begin(), biases.end(), has_tangent);
 }
 
-bool any_needs_grad(const Tensor& input, TensorList weights, OptionalTensors biases) {
-  bool any = needs_grad(input) || std::any_of(weights.begin(), weights.end(), needs_grad);
-  for (size_t i = 0; i < biases.size(); ++i) any |= needs_grad(bias_of(biases, i));
-  return any;
+bool any_needs_grad(const Tensor& input, TensorList weights, TensorList biases) {
+  return needs_grad(input) || std::any_of(weights.begin(), weights.end(), needs_grad) ||
+         std::any_of(biases.begin(), biases.end(), needs_grad);
 }
 
-OutputAndHidden call_mlp_forward(const Tensor& input, TensorList weights, OptionalTensors biases,
+/// A list of tensors as the dispatcher passes it, and back.
+c10::List<OptionalTensor> boxed(TensorList tensors) {
+  c10::List<OptionalTensor> list;
+  for (const Tensor& t : tensors) list.push_back(optional(t));
+  return list;
+}
+std::vector<Tensor> unboxed(const c10::List<OptionalTensor>& list) {
+  std::vector<Tensor> tensors;
+  for (const OptionalTensor& t : list.vec()) tensors.push_back(value_or_undefined(t));
+  return tensors;
+}
+
+OutputAndHidden call_mlp_forward(const Tensor& input, TensorList weights, TensorList biases,
                                  const Name& output_activation) {
   static const auto op =
       find_operator<OutputAndHidden(const Tensor&, TensorList, const c10::List<OptionalTensor>&,
                                     Name)>("neuron_ext::mlp_forward");
-  return op.call(input, weights, c10::List<OptionalTensor>(biases), output_activation);
+  return op.call(input, weights, boxed(biases), output_activation);
 }
 
 std::vector<Tensor> call_mlp_backward(const Backward& call) {
@@ -439,13 +459,10 @@ std::vector<Tensor> call_mlp_backward(const Backward& call) {
       const Tensor&, const OptionalTensor&, const c10::List<OptionalTensor>&,
       const c10::List<OptionalTensor>&, const OptionalTensor&, const Tensor&, c10::SymIntArrayRef,
       const c10::List<bool>&)>("neuron_ext::mlp_backward");
-  c10::List<OptionalTensor> weights, places;
   c10::List<bool> mask;
-  for (const Tensor& t : call.weights) weights.push_back(optional(t));
-  for (const Tensor& t : call.places) places.push_back(optional(t));
   for (const bool wanted : call.mask) mask.push_back(wanted);
-  return op.call(call.grad_output, optional(call.input), weights, places, optional(call.output),
-                 call.hidden, call.hidden_features, mask);
+  return op.call(call.grad_output, optional(call.input), boxed(call.weights), boxed(call.places),
+                 optional(call.output), call.hidden, call.hidden_features, mask);
 }
 
 /// The values of all layers' inputs.
@@ -490,8 +507,7 @@ std::vector<Tensor> mlp_backward_by_layers(const Backward& call) {
   for (size_t i = depth; i-- > 0;) {
     const std::array<bool, 3> wanted{call.wants_before(i), call.wants_weight(i),
                                      call.wants_bias(i)};
-    const OptionalTensor x = wanted[1] ? OptionalTensor(inputs[i]) : std::nullopt;
-    const OptionalTensor w = wanted[0] ? OptionalTensor(call.weights[i]) : std::nullopt;
+    const Tensor x = wanted[1] ? inputs[i] : Tensor(), w = wanted[0] ? call.weights[i] : Tensor();
     if (call.activation(i) == Activation::kSigmoid) {
       const Tensor y =
           i + 1 < depth ? inputs[i + 1] : known_output(call, call.output.detach(), inputs[i], i);
@@ -547,7 +563,7 @@ struct MlpNode {
 
 /// The stack and its node; `below` is mlp_forward below autograd.
 template <class Below>
-Tensor mlp_with_node(const Tensor& input, TensorList weights, OptionalTensors biases,
+Tensor mlp_with_node(const Tensor& input, TensorList weights, TensorList biases,
                      const Name& output_activation, const Below& below) {
   check_stack(weights, biases.size(), output_activation);
   check_layers(input, weights, biases);
@@ -555,24 +571,22 @@ Tensor mlp_with_node(const Tensor& input, TensorList weights, OptionalTensors bi
   const auto node = make_node<MlpNode>(1 + 2 * weights.size());
   node->add_input(input);
   for (const Tensor& weight : weights) node->add_input(weight);
-  for (size_t i = 0; i < biases.size(); ++i) {
-    node->add_input(as_vector(bias_of(biases, i), weights[i]));
-  }
+  for (size_t i = 0; i < biases.size(); ++i) node->add_input(*as_vector(biases[i], weights[i]));
   for (size_t i = 0; i + 1 < weights.size(); ++i) node->sizes.push_back(weights[i].sym_size(0));
   node->set_results(output);
-  node->save(needs_grad(weights[0]) ? input : Tensor());
-  node->save_result(output_activation.has_value() ? output : Tensor());
-  node->save(hidden);
+  node->save_if(needs_grad(weights[0]), input);
+  node->save_result_if(output_activation.has_value(), output);
+  node->save_if(true, hidden);
   bool before = needs_grad(input);
   for (size_t i = 0; i < weights.size(); ++i) {
-    node->save(before ? weights[i] : Tensor());
-    before = before || needs_grad(weights[i]) || needs_grad(bias_of(biases, i));
+    node->save_if(before, weights[i]);
+    before = before || needs_grad(weights[i]) || needs_grad(biases[i]);
   }
   node->finish();
   return output;
 }
 
-Tensor mlp_autograd(const Tensor& input, TensorList weights, OptionalTensors biases,
+Tensor mlp_autograd(const Tensor& input, TensorList weights, TensorList biases,
                     const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (transform_is_active() || any_tangent(input, weights, biases) ||
@@ -589,12 +603,12 @@ Tensor mlp_autograd(const Tensor& input, TensorList weights, OptionalTensors bia
   });
 }
 
-Tensor call_mlp(const Tensor& input, TensorList weights, OptionalTensors biases,
+Tensor call_mlp(const Tensor& input, TensorList weights, TensorList biases,
                 const Name& output_activation) {
   ShortcutOf call;
   call.add(input);
   for (const Tensor& weight : weights) call.add(weight);
-  for (const OptionalTensor& bias : biases) call.add(value_or_undefined(bias));
+  for (const Tensor& bias : biases) call.add(bias);
   const Shortcut to = call.get();
   if (to == Shortcut::kCpu) return mlp_cpu(input, weights, biases, output_activation);
   if (to == Shortcut::kNode) {
@@ -605,13 +619,13 @@ Tensor call_mlp(const Tensor& input, TensorList weights, OptionalTensors biases,
   static const auto op =
       find_operator<Tensor(const Tensor&, TensorList, const c10::List<OptionalTensor>&, Name)>(
           "neuron_ext::mlp");
-  return op.call(input, weights, c10::List<OptionalTensor>(biases), output_activation);
+  return op.call(input, weights, boxed(biases), output_activation);
 }
 
 /// mlp_forward is what mlp_with_node calls below autograd. Called by itself, it is differentiated
 /// as what it is made of.
-OutputAndHidden mlp_forward_autograd(const Tensor& input, TensorList weights,
-                                     OptionalTensors biases, const Name& output_activation) {
+OutputAndHidden mlp_forward_autograd(const Tensor& input, TensorList weights, TensorList biases,
+                                     const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (transform_is_active() || any_tangent(input, weights, biases) ||
       (at::GradMode::is_enabled() && any_needs_grad(input, weights, biases))) {
@@ -638,13 +652,13 @@ std::vector<Tensor> mlp_backward_autograd(const Backward& call) {
 // ---- autocast -----------------------------------------------------------------------------------
 
 template <at::DeviceType device>
-Tensor mlp_autocast(const Tensor& input, TensorList weights, OptionalTensors biases,
+Tensor mlp_autocast(const Tensor& input, TensorList weights, TensorList biases,
                     const Name& output_activation) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto dtype = at::autocast::get_autocast_dtype(device);
-  std::vector<OptionalTensor> cast_biases;
-  for (const OptionalTensor& bias : biases) {
+  std::vector<Tensor> cast_biases;
+  for (const Tensor& bias : biases) {
     cast_biases.push_back(at::autocast::cached_cast(dtype, bias, device));
   }
   return call_mlp(at::autocast::cached_cast(dtype, input, device),
@@ -653,10 +667,10 @@ Tensor mlp_autocast(const Tensor& input, TensorList weights, OptionalTensors bia
 }
 
 /// The operations as their schemas have them, with boxed lists and optional tensors.
-template <class Result, Result (*stage)(const Tensor&, TensorList, OptionalTensors, const Name&)>
+template <class Result, Result (*stage)(const Tensor&, TensorList, TensorList, const Name&)>
 Result mlp_stage(const Tensor& input, TensorList weights, const c10::List<OptionalTensor>& biases,
                  Name output_activation) {
-  return stage(input, weights, biases.vec(), output_activation);
+  return stage(input, weights, unboxed(biases), output_activation);
 }
 
 template <std::vector<Tensor> (*stage)(const Backward&)>
@@ -666,11 +680,6 @@ std::vector<Tensor> mlp_backward_stage(const Tensor& grad_output, const Optional
                                        const OptionalTensor& output, const Tensor& hidden,
                                        c10::SymIntArrayRef hidden_features,
                                        const c10::List<bool>& mask) {
-  const auto unboxed = [](const c10::List<OptionalTensor>& list) {
-    std::vector<Tensor> tensors;
-    for (const OptionalTensor& t : list.vec()) tensors.push_back(value_or_undefined(t));
-    return tensors;
-  };
   return stage({grad_output, value_or_undefined(input), unboxed(weights), unboxed(places),
                 value_or_undefined(output), hidden, hidden_features, mask.vec()});
 }
@@ -723,11 +732,10 @@ void register_mlp(torch::Library& library) {
                                       mlp_stage<Tensor, mlp_autocast<at::kCUDA>>));
 }
 
-Tensor mlp(const Tensor& input, TensorList weights,
-           const std::vector<std::optional<Tensor>>& biases,
+Tensor mlp(const Tensor& input, TensorList weights, TensorList biases,
            std::optional<std::string_view> output_activation) {
   if (!biases.empty()) return call_mlp(input, weights, biases, output_activation);
-  const std::vector<OptionalTensor> none(weights.size());
+  const std::vector<Tensor> none(weights.size());
   return call_mlp(input, weights, none, output_activation);
 }
 

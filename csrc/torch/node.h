@@ -30,8 +30,8 @@ struct BackwardPass {
 /// `Operation` has a name, kName, and gradients(const BackwardPass&): one for each input, undefined
 /// where none is wanted.
 ///
-/// Made by make_node, then add_input for each, save, set_results, save_result and finish, in this
-/// order. Undefined tensors may be given everywhere and keep their numbers.
+/// Made by make_node, then add_input for each, save_if, set_results, save_result_if and finish, in
+/// this order. Undefined tensors may be given everywhere and keep their numbers.
 template <class Operation>
 class OperationNode final : public torch::autograd::Node {
  public:
@@ -45,7 +45,8 @@ class OperationNode final : public torch::autograd::Node {
     add_next_edge(t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge());
   }
 
-  void save(const at::Tensor& t) { saved_.emplace_back(t, /*is_output=*/false); }
+  /// Keeps t, or an undefined tensor in its place.
+  void save_if(bool condition, const at::Tensor& t) { save(condition, t, /*is_output=*/false); }
 
   /// New tensors, which nothing else knows yet.
   template <class... Tensors>
@@ -54,7 +55,9 @@ class OperationNode final : public torch::autograd::Node {
     (torch::autograd::set_history(results, self), ...);
   }
 
-  void save_result(const at::Tensor& t) { saved_.emplace_back(t, /*is_output=*/true); }
+  void save_result_if(bool condition, const at::Tensor& t) {
+    save(condition, t, /*is_output=*/true);
+  }
 
   void finish() { tell_creation_hooks(getptr()); }
 
@@ -98,6 +101,14 @@ class OperationNode final : public torch::autograd::Node {
   }
 
  private:
+  void save(bool condition, const at::Tensor& t, bool is_output) {
+    if (condition) {
+      saved_.emplace_back(t, is_output);
+    } else {
+      saved_.emplace_back();
+    }
+  }
+
   Variables apply(Variables&& grads) override {
     const std::lock_guard lock(mutex_);
     return Operation::gradients({grads, unpack(), wanted(), sizes, next_edges()});

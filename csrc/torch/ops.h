@@ -1,6 +1,6 @@
 // The operations for C++ callers, and for each other. They pass the dispatcher, or skip it where it
 // would only pick the CPU (glue.h): autograd, autocast, transforms and compilers apply either way.
-// See neuron_ext/functional.py for the contracts.
+// See neuron_ext/functional.py for the contracts; an undefined tensor is what None is there.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,37 +11,34 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
-#include <vector>
 
 namespace neuron_ext {
 
-at::Tensor linear(const at::Tensor& input, const at::Tensor& weight,
-                  const std::optional<at::Tensor>& bias = std::nullopt);
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias = {});
 
 at::Tensor sigmoid(const at::Tensor& input);
 
 at::Tensor linear_sigmoid(const at::Tensor& input, const at::Tensor& weight,
-                          const std::optional<at::Tensor>& bias = std::nullopt);
+                          const at::Tensor& bias = {});
 
 /// `biases`: empty for none, else as many as there are weights; `output_activation`: nullopt or
 /// "sigmoid".
-at::Tensor mlp(const at::Tensor& input, at::TensorList weights,
-               const std::vector<std::optional<at::Tensor>>& biases = {},
+at::Tensor mlp(const at::Tensor& input, at::TensorList weights, at::TensorList biases = {},
                std::optional<std::string_view> output_activation = std::nullopt);
 
 /// Gradients of input, weight and bias; those not in `output_mask` are undefined tensors. The
 /// gradient of the input takes the weight, that of the weight the input; what no wanted gradient
-/// takes may be nullopt.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
-    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
-    const std::optional<at::Tensor>& weight, std::array<bool, 3> output_mask);
+/// takes may be undefined.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& grad_output,
+                                                               const at::Tensor& input,
+                                                               const at::Tensor& weight,
+                                                               std::array<bool, 3> output_mask);
 
 at::Tensor sigmoid_backward(const at::Tensor& grad_output, const at::Tensor& output);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_sigmoid_backward(
-    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
-    const std::optional<at::Tensor>& weight, const at::Tensor& output,
-    std::array<bool, 3> output_mask);
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& output, std::array<bool, 3> output_mask);
 
 // ---- settings of the whole process; neuron_ext/backends.py says what they do --------------------
 

@@ -216,7 +216,7 @@ Tensor with_node(Tensor output, const Tensor& input) {
   const auto node = make_node<SigmoidNode>(1);
   node->add_input(input);
   node->set_results(output);
-  node->save_result(output);
+  node->save_result_if(true, output);
   node->finish();
   return output;
 }
@@ -244,7 +244,7 @@ Tensor sigmoid_backward_autograd(const Tensor& grad_output, const Tensor& output
   const auto node = make_node<SigmoidBackwardNode>(2);
   for (const Tensor* t : {&grad_output, &output}) {
     node->add_input(*t);
-    node->save(*t);
+    node->save_if(true, *t);
   }
   const Tensor grad_input = below();
   node->set_results(grad_input);

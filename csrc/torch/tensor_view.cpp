@@ -43,13 +43,19 @@ std::string describe(const at::Tensor& t) {
   return dtype + " of shape " + shape_of(t);
 }
 
-void check_layer(const std::string& where, const at::Tensor& input, const at::Tensor& weight,
+std::ostream& operator<<(std::ostream& out, const Where& where) {
+  out << where.operation;
+  if (where.layer.has_value()) out << ", layer " << *where.layer;
+  return out;
+}
+
+void check_layer(const Where& where, const at::Tensor& input, const at::Tensor& weight,
                  const at::Tensor& bias) {
   TORCH_CHECK(input.dim() >= 1, where, ": input has shape (), expected (*, in_features)");
   TORCH_CHECK(weight.dim() == 1 || weight.dim() == 2, where, ": weight has shape ",
               shape_of(weight), ", expected (out_features, in_features)");
   const auto in_features = weight.sym_size(-1);
-  if (!input.sym_size(-1).sym_eq(in_features).expect_true(__FILE__, __LINE__)) {
+  if (!same_size(input.sym_size(-1), in_features)) {
     const bool turned = weight.dim() == 2 && input.sym_size(-1) == weight.sym_size(0);
     TORCH_CHECK(
         false, where, ": input has shape ", shape_of(input), ", that is ", input.sym_size(-1),
@@ -63,26 +69,27 @@ void check_layer(const std::string& where, const at::Tensor& input, const at::Te
   if (weight.dim() == 2) check_bias(where, bias, weight, input.dim());
 }
 
-void check_bias(const std::string& where, const at::Tensor& bias, const at::Tensor& weight,
+void check_bias(const Where& where, const at::Tensor& bias, const at::Tensor& weight,
                 std::int64_t input_dim) {
   if (!bias.defined()) return;
   const auto out_features = weight.sym_size(0);
   bool fits = bias.dim() <= std::max<std::int64_t>(input_dim, 2);
   if (fits && bias.dim() >= 1) {
     const auto last = bias.sym_size(-1);
-    fits = last.sym_eq(out_features).sym_or(last.sym_eq(1)).expect_true(__FILE__, __LINE__);
+    fits = last.maybe_as_int() == 1 || same_number(last, out_features) ||
+           last.sym_eq(out_features).sym_or(last.sym_eq(1)).expect_true(__FILE__, __LINE__);
   }
   TORCH_CHECK(fits, where, ": bias has shape ", shape_of(bias), ", expected (", out_features,
               ",), because weight has shape ", shape_of(weight),
               " and so out_features = ", out_features);
 }
 
-void check_rows(const std::string& where, const char* name, const at::Tensor& t,
-                const at::Tensor& input, const c10::SymInt& features) {
+void check_rows(const char* where, const char* name, const at::Tensor& t, const at::Tensor& input,
+                const c10::SymInt& features) {
   bool fits = t.dim() == input.dim();
   for (std::int64_t i = 0; fits && i < t.dim(); ++i) {
     const auto expected = i + 1 < t.dim() ? input.sym_size(i) : features;
-    fits = t.sym_size(i).sym_eq(expected).expect_true(__FILE__, __LINE__);
+    fits = same_size(t.sym_size(i), expected);
   }
   TORCH_CHECK(fits, where, ": ", name, " has shape ", shape_of(t),
               ", expected the shape of input, ", shape_of(input), ", with ", features,
@@ -93,18 +100,19 @@ bool is_row_bias(const at::Tensor& bias, const at::Tensor& input) {
   return bias.dim() <= 1 || (bias.dim() == 2 && input.dim() >= 2 && bias.sym_size(0) == 1);
 }
 
-at::Tensor as_vector(const at::Tensor& bias, const at::Tensor& weight) {
-  if (!bias.defined()) return bias;
+c10::MaybeOwned<at::Tensor> as_vector(const at::Tensor& bias, const at::Tensor& weight) {
+  using Vector = c10::MaybeOwned<at::Tensor>;
+  if (!bias.defined()) return Vector::borrowed(bias);
   const auto out_features = weight.sym_size(0);
-  if (bias.dim() == 1 && bias.sym_size(0) == out_features) return bias;
-  return (bias.dim() == 2 ? bias.squeeze(0) : bias).expand_symint({out_features});
+  if (bias.dim() == 1 && bias.sym_size(0) == out_features) return Vector::borrowed(bias);
+  return Vector::owned((bias.dim() == 2 ? bias.squeeze(0) : bias).expand_symint({out_features}));
 }
 
 RowsView as_rows(const at::Tensor& t) {
   const auto sizes = t.sizes();
   const auto strides = t.strides();
   const std::int64_t last = t.dim() - 1;
-  RowsView view{t, t.const_data_ptr(), 1, sizes[last], 0, strides[last]};
+  RowsView view{{}, t.const_data_ptr(), 1, sizes[last], 0, strides[last]};
   // Fold the leading dimensions from the inside out; those of size 1 have no say.
   for (std::int64_t i = last - 1; i >= 0; --i) {
     if (sizes[i] == 1) continue;
@@ -113,7 +121,10 @@ RowsView as_rows(const at::Tensor& t) {
     } else if (strides[i] != view.row_stride * view.rows && t.numel() > 0) {
       // Three strides or more: a batch that was transposed or sliced twice.
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      return as_rows(t.contiguous());
+      const at::Tensor copy = t.contiguous();
+      view = as_rows(copy);
+      view.owner = copy;
+      return view;
     }
     view.rows *= sizes[i];
   }

@@ -6,8 +6,10 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/MaybeOwned.h>
 
 #include <optional>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -87,34 +89,51 @@ std::string shape_of(const at::Tensor& t);
 /// "float32 of shape (2, 3)", or "None".
 std::string describe(const at::Tensor& t);
 
+/// Whether two sizes are numbers, and the same.
+inline bool same_number(const c10::SymInt& a, const c10::SymInt& b) {
+  const auto x = a.maybe_as_int();
+  return x.has_value() && x == b.maybe_as_int();
+}
+
+/// Whether two sizes are the same, which a compiler may rely on from there on.
+inline bool same_size(const c10::SymInt& a, const c10::SymInt& b) {
+  return same_number(a, b) || a.sym_eq(b).expect_true(__FILE__, __LINE__);
+}
+
+/// What an error is about: "linear", or "mlp, layer 2".
+struct Where {
+  const char* operation;
+  std::optional<size_t> layer = std::nullopt;
+};
+std::ostream& operator<<(std::ostream& out, const Where& where);
+
 /// Raises RuntimeError, naming the argument, unless weight is a matrix (or a vector, which only
 /// torch takes), the features agree and the bias can be added to the result. Works on symbolic
-/// sizes. `where` begins the message: "linear", or "mlp, layer 2".
-void check_layer(const std::string& where, const at::Tensor& input, const at::Tensor& weight,
+/// sizes.
+void check_layer(const Where& where, const at::Tensor& input, const at::Tensor& weight,
                  const at::Tensor& bias);
 
 /// The part of check_layer that is about the bias of a layer with a two-dimensional weight.
-void check_bias(const std::string& where, const at::Tensor& bias, const at::Tensor& weight,
+void check_bias(const Where& where, const at::Tensor& bias, const at::Tensor& weight,
                 std::int64_t input_dim);
 
 /// Raises RuntimeError unless `t` has the sizes of `input` with `features` in place of the last
 /// one.
-void check_rows(const std::string& where, const char* name, const at::Tensor& t,
-                const at::Tensor& input, const c10::SymInt& features);
+void check_rows(const char* where, const char* name, const at::Tensor& t, const at::Tensor& input,
+                const c10::SymInt& features);
 
 /// Whether a bias is one value, one row of values, or a vector: what kernels take. torch also takes
 /// a bias with a value for each element of a 2-D output.
 bool is_row_bias(const at::Tensor& bias, const at::Tensor& input);
 
-/// A row bias as a vector (out_features,), a differentiable view; undefined for none.
-at::Tensor as_vector(const at::Tensor& bias, const at::Tensor& weight);
+/// A row bias as a vector (out_features,): itself or a differentiable view; undefined for none.
+c10::MaybeOwned<at::Tensor> as_vector(const at::Tensor& bias, const at::Tensor& weight);
 
 // ---- views --------------------------------------------------------------------------------------
 
-/// A tensor (*, columns) as a matrix.
+/// A tensor (*, columns), which must outlive it, as a matrix.
 struct RowsView {
-  at::Tensor
-      owner;  // keeps `data` alive: the tensor itself, or a copy where no two strides describe it
+  at::Tensor owner;  // of a copy, where no two strides describe the tensor
   const void* data;
   std::int64_t rows, columns, row_stride, column_stride;
 };
