@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from neuron_ext import _C
@@ -43,7 +43,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices don't fit; the message names the argument.
     """
-    if not is_compiling():
+    if not is_dynamo_compiling():
         output = _C.linear(input, weight, bias)
         if output is not NotImplemented:
             return output
@@ -64,7 +64,7 @@ def sigmoid(input: Tensor) -> Tensor:
     Returns:
         Tensor of the same shape, with the strides :func:`torch.sigmoid` would give it.
     """
-    if not is_compiling():
+    if not is_dynamo_compiling():
         output = _C.sigmoid(input)
         if output is not NotImplemented:
             return output
@@ -79,7 +79,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     The sigmoid is taken of the unrounded sum, and only the output is saved for the backward pass.
     Arguments, result and errors are those of :func:`linear`.
     """
-    if not is_compiling():
+    if not is_dynamo_compiling():
         output = _C.linear_sigmoid(input, weight, bias)
         if output is not NotImplemented:
             return output
@@ -116,7 +116,7 @@ def mlp(
     weights = list(weights)
     all_biases = [] if biases is None else list(biases)
     all_biases = all_biases or [None] * len(weights)
-    if not is_compiling():
+    if not is_dynamo_compiling():
         output = _C.mlp(input, weights, all_biases, output_activation)
         if output is not NotImplemented:
             return output

@@ -8,7 +8,7 @@ random stream, so that checkpoints, hooks, parametrizations and wrappers see not
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class Linear(torch.nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, _parameter(self, "weight"), _parameter(self, "bias"))
+        weight, bias = _parameters(self)
+        return functional.linear(input, weight, bias)
 
 
 class Sigmoid(torch.nn.Sigmoid):
@@ -45,9 +46,8 @@ class LinearSigmoid(torch.nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear_sigmoid(
-            input, _parameter(self, "weight"), _parameter(self, "bias")
-        )
+        weight, bias = _parameters(self)
+        return functional.linear_sigmoid(input, weight, bias)
 
 
 class MLP(torch.nn.Sequential):
@@ -97,16 +97,13 @@ class MLP(torch.nn.Sequential):
         super().__init__(*children)
 
     def forward(self, input: Tensor) -> Tensor:
-        children = list(self._modules.values())
-        if not _is_plain_stack(children):
+        layers = _plain_layers(self._modules.values())
+        if layers is None:
             output: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
             return output
-        layers = children[::2]
+        weights, biases = layers
         return functional.mlp(
-            input,
-            [_parameter(layer, "weight") for layer in layers],
-            [_parameter(layer, "bias") for layer in layers],
-            "sigmoid" if len(children) % 2 == 0 else None,
+            input, weights, biases, "sigmoid" if len(self._modules) % 2 == 0 else None
         )
 
     def __getitem__(self, index: slice | int) -> torch.nn.Module:
@@ -117,27 +114,42 @@ class MLP(torch.nn.Sequential):
         return child
 
 
-def _parameter(module: torch.nn.Module | None, name: str) -> Any:
-    """``module.name``, which nn.Module looks for in three places before the one where it is."""
+def _parameters(layer: torch.nn.Module) -> tuple[Any, Any]:
+    """Weight and bias; as attributes nn.Module would look for them in three places before these."""
+    parameters = layer._parameters
     try:
-        return module._parameters[name]  # type: ignore[union-attr]
+        return parameters["weight"], parameters["bias"]
     except KeyError:
-        return getattr(module, name)
+        return layer.weight, layer.bias
 
 
-def _is_plain_stack(children: Sequence[torch.nn.Module | None]) -> bool:
-    """Whether running the stack as one operation does what calling its children would do."""
+def _plain_layers(
+    children: Collection[torch.nn.Module | None],
+) -> tuple[list[Any], list[Any]] | None:
+    """Weights and biases, if running the stack as one operation does what calling its children
+    would do; else None.
+    """
     if not children or torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
-        return False
-    for i, child in enumerate(children):
-        if type(child) is not (Linear if i % 2 == 0 else Sigmoid):
-            return False
+        return None
+    weights, biases = [], []
+    expected: type[torch.nn.Module] = Linear
+    for child in children:
+        if type(child) is not expected:
+            return None
+        state = child.__dict__  # not attributes, for the same reason
         if (
-            child._forward_hooks
-            or child._forward_pre_hooks
-            or child._backward_hooks
-            or child._backward_pre_hooks
-            or "forward" in child.__dict__
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
         ):
-            return False
-    return True
+            return None
+        if expected is Linear:
+            weight, bias = _parameters(child)
+            weights.append(weight)
+            biases.append(bias)
+            expected = Sigmoid
+        else:
+            expected = Linear
+    return weights, biases

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -827,6 +829,135 @@ def test_one_graph_backward_in_many_threads(operation: Operation) -> None:
     for thread in threads:
         thread.join()
     assert_close([t.grad for t in inputs], [4 * g for g in expected])
+
+
+@one_each
+def test_one_graph_freed_by_many_threads(operation: Operation) -> None:
+    """Whoever comes too late is told so."""
+    inputs = operation.inputs(requires_grad=True)
+    expected = torch.autograd.grad(operation.torch(*inputs).sum(), inputs)
+    outcomes: list[object] = []
+
+    def work() -> None:
+        try:
+            outcomes.append(torch.autograd.grad(loss, inputs))
+        except RuntimeError as error:
+            outcomes.append(str(error))
+
+    for _ in range(20):
+        loss = operation.ours(*inputs).sum()
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert any(not isinstance(outcome, str) for outcome in outcomes)
+    for outcome in outcomes:
+        if isinstance(outcome, str):
+            assert "second time" in outcome
+        else:
+            assert_close(outcome, expected)
+
+
+# ---- nodes
+
+NODES = {
+    "linear": "LinearBackward",
+    "sigmoid": "SigmoidBackward",
+    "linear_sigmoid": "LinearSigmoidBackward",
+    "mlp": "MlpBackward",
+}
+
+
+@one_each
+def test_nodes_have_names(operation: Operation) -> None:
+    inputs = operation.inputs(requires_grad=True)
+    output = operation.ours(*inputs)
+    assert output.grad_fn is not None
+    assert output.grad_fn.name() == NODES[operation.op]
+    assert f"grad_fn=<{NODES[operation.op]}>" in repr(output)
+    inputs[0].data.fill_(torch.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.autograd.detect_anomaly():
+            output = operation.ours(*inputs)
+            with pytest.raises(RuntimeError, match=f"'{NODES[operation.op]}' returned nan"):
+                output.sum().backward()
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> None:
+        return None
+
+
+@one_each
+def test_no_gradient_comes_of_none(operation: Operation) -> None:
+    inputs = operation.inputs(requires_grad=True)
+    output = NoGradient.apply(operation.ours(*inputs))
+    assert not any(
+        grad is not None
+        for grad in torch.autograd.grad(output.sum(), inputs, allow_unused=True, retain_graph=True)
+    )
+    output.sum().backward()
+    assert all(t.grad is None for t in inputs)
+
+
+@one_each
+def test_second_derivatives_twice(operation: Operation) -> None:
+    messages = []
+    for function in (operation.ours, operation.torch):
+        inputs = operation.inputs(requires_grad=True)
+        grads = torch.autograd.grad(function(*inputs).sin().sum(), inputs, create_graph=True)
+        loss = sum((grad.sin().sum() for grad in grads), torch.zeros(()))
+        loss.backward(retain_graph=True)
+        loss.backward()
+        with pytest.raises(RuntimeError) as caught:
+            loss.backward()
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+@one_each
+def test_copies_of_results(operation: Operation) -> None:
+    copies = []
+    for function in (operation.ours, operation.torch):
+        output = function(*operation.inputs(requires_grad=True))
+        with pytest.raises(RuntimeError, match="deepcopy"):
+            copy.deepcopy(output)
+        copies.append(pickle.loads(pickle.dumps(output)))
+    assert_close(*copies)
+    assert [c.requires_grad for c in copies] == [True, True]
+    assert [c.grad_fn for c in copies] == [None, None]
+
+
+@one_each
+def test_hooks_of_created_nodes(operation: Operation) -> None:
+    if not hasattr(torch.autograd.graph, "node_creation_hook"):
+        pytest.skip("this torch has no such hooks")
+    inputs = operation.inputs(requires_grad=True)
+    seen: list[str] = []
+    with torch.autograd.graph.node_creation_hook(lambda node: seen.append(node.name())):
+        output = operation.ours(*inputs)
+        torch.autograd.grad(output.sum(), inputs, create_graph=True)
+    assert seen[0] == NODES[operation.op]
+    assert len(seen) == len(set(map(id, seen))) > 1
+
+
+@one_each
+def test_a_gradient_in_place_of_the_hooked(operation: Operation) -> None:
+    """What a hook on the node returns is what the inputs get."""
+    inputs = operation.inputs(requires_grad=True)
+    output = operation.ours(*inputs)
+    node = output.grad_fn
+    assert node is not None
+    node.register_hook(lambda grads, _: tuple(None if g is None else 0 * g + 3 for g in grads))
+    for t, grad in zip(inputs, torch.autograd.grad(output.sum(), inputs), strict=True):
+        assert_close(grad, torch.full_like(t, 3))
 
 
 # ---- the backward operations by themselves

@@ -350,6 +350,38 @@ def test_compiled_autograd_of_what_ran_eagerly() -> None:
         assert_close(gradients(), expected, 1e-6)
 
 
+@one_each
+def test_compiled_autograd_of_second_derivatives(operation: Operation) -> None:
+    inputs = operation.inputs(requires_grad=True)
+
+    def second(function: Callable[..., Tensor]) -> list[Tensor]:
+        first = torch.autograd.grad(function(*inputs).sin().sum(), inputs, create_graph=True)
+        for t in inputs:
+            t.grad = None
+        loss = torch.stack([grad.sin().sum() for grad in first]).sum()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+        return [t.grad for t in inputs if t.grad is not None]
+
+    assert_close(second(operation.ours), second(operation.torch))
+
+
+@one_each
+def test_compiled_autograd_with_hooks(operation: Operation) -> None:
+    """On tensors, on nodes and on what is saved."""
+    inputs = operation.inputs(requires_grad=True)
+    expected = torch.autograd.grad(operation.torch(*inputs).sum(), inputs)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: 2 * t, lambda t: t / 2):
+        output = operation.ours(*inputs)
+    node = output.grad_fn
+    assert node is not None
+    node.register_prehook(lambda grads: tuple(3 * g for g in grads))
+    output.register_hook(lambda grad: 2 * grad)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        output.sum().backward()
+    assert_close([t.grad for t in inputs], [6 * g for g in expected])
+
+
 def test_inductor() -> None:
     """One compilation of all operations, forward and backward, for any batch."""
     layer = neuron_ext.LinearSigmoid(3, 6)
