@@ -98,14 +98,14 @@ struct Place {
   }
 };
 
-template <class T, int kGroups>
-NEURON_EXT_DEVICE void load_tile(T (&elements)[Tile<T, kGroups>::kLoads],
-                                 const Place<T, kGroups>& place, const void* base,
-                                 std::int64_t stride_mn, std::int64_t stride_k, std::int64_t mn0,
-                                 std::int64_t mn_end, std::int64_t k0, std::int64_t k_end) {
+template <class T, int kGroups, int kLoads>
+NEURON_EXT_DEVICE void load_tile(T (&elements)[kLoads], const Place<T, kGroups>& place,
+                                 const void* base, std::int64_t stride_mn, std::int64_t stride_k,
+                                 std::int64_t mn0, std::int64_t mn_end, std::int64_t k0,
+                                 std::int64_t k_end) {
   const T* const first = static_cast<const T*>(base) + mn0 * stride_mn + k0 * stride_k;
 #pragma unroll
-  for (int l = 0; l < Tile<T, kGroups>::kLoads; ++l) {
+  for (int l = 0; l < kLoads; ++l) {
     const int mn = place.mn(l), k = place.k(l);
     const bool inside = mn0 + mn < mn_end && k0 + k < k_end;
     elements[l] = inside ? first[mn * stride_mn + k * stride_k] : T{};
@@ -154,13 +154,13 @@ __global__ void __launch_bounds__(kThreads)
 
     T a_next[C::kLoads], b_next[C::kLoads], saved_next[C::kLoads];
     const auto load = [&](std::int64_t k0) {
-      load_tile<T, kGroups>(a_next, a_place, problem.at.a, desc.a_stride_m, desc.a_stride_k, i0,
-                            desc.m, k0, k_end);
-      load_tile<T, kGroups>(b_next, b_place, problem.at.b, desc.b_stride_n, desc.b_stride_k, j0,
-                            desc.n, k0, k_end);
+      load_tile(a_next, a_place, problem.at.a, desc.a_stride_m, desc.a_stride_k, i0, desc.m, k0,
+                k_end);
+      load_tile(b_next, b_place, problem.at.b, desc.b_stride_n, desc.b_stride_k, j0, desc.n, k0,
+                k_end);
       if (!has_prologue) return;
-      load_tile<T, kGroups>(saved_next, a_place, problem.at.saved, desc.saved_stride_m,
-                            desc.saved_stride_k, i0, desc.m, k0, k_end);
+      load_tile(saved_next, a_place, problem.at.saved, desc.saved_stride_m, desc.saved_stride_k, i0,
+                desc.m, k0, k_end);
     };
     const auto store = [&](int buffer) {
 #pragma unroll

@@ -41,7 +41,7 @@ class Fiber {
 #else
   ucontext_t context_;
 #endif
-  void* fake_stack_ = nullptr;  // the address sanitizer's
+  [[maybe_unused]] void* fake_stack_ = nullptr;  // the address sanitizer's
 };
 
 }  // namespace neuron_ext::emulator
