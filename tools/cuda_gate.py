@@ -54,6 +54,8 @@ EXPECTED = tuple(
         ("map_contiguous<", ("sm_80", "sm_90a"), ("LDG.E.128", "STG.E.128")),
         ("gemm_simt_kernel<float, 2>", ("sm_80", "sm_90a"), ("FFMA", "LDS.128")),
         ("gemm_simt_kernel<double, 2>", ("sm_80", "sm_90a"), ("DFMA", "LDS.128")),
+        ("gemm_sm90_kernel<", ("sm_90a",), ("HGMMA", "UTMALDG", "STSM", "UTMASTG")),
+        ("prologue_kernel<", ("sm_80", "sm_90a"), ("LDG.E.128", "STG.E.128")),
     )
     for target in targets
 )

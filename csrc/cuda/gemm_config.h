@@ -20,6 +20,7 @@ struct GemmKernel {
              Stream stream);
 };
 
+extern const GemmKernel gemm_sm90;
 extern const GemmKernel gemm_simt;
 
 }  // namespace neuron_ext::cuda

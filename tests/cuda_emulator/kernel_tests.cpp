@@ -11,11 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "control.h"
-#include "gemm_config.h"
-#include "neuron_ext/cuda.h"
-#include "reference.h"
-#include "testing.h"
+#include "gemm_testing.h"
 
 namespace {
 
@@ -23,68 +19,23 @@ using namespace neuron_ext;
 using emulator::GlobalArray;
 using emulator::last_error;
 using emulator::Order;
-using emulator::Settings;
 using emulator::settings;
+using testing::change_settings;
+using testing::check_close;
+using testing::check_exact;
+using testing::compute;
 using testing::failures;
 using testing::integer;
+using testing::kDevice;
 using testing::kDTypes;
 using testing::Layout;
+using testing::Product;
 using testing::report_mutex;
 using testing::spacing;
-
-constexpr cuda::Device kDevice{90, 3};
-
-/// A different way to run on each call.
-void change_settings() {
-  static int turn = 0;
-  settings() = {static_cast<Order>(turn % 3), turn / 3 % 2 != 0, turn / 6 % 2 != 0,
-                turn % 5 % 3 - 1, static_cast<std::uint32_t>(turn)};
-  ++turn;
-}
-
-/// The bytes of `host`, where kernels' accesses are watched.
-std::unique_ptr<GlobalArray> on_device(const std::vector<std::byte>& host, const char* name) {
-  auto array = std::make_unique<GlobalArray>(host.size(), name);
-  std::memcpy(array->data(), host.data(), host.size());
-  array->set_written();
-  return array;
-}
+using testing::sum_error;
 
 // ---- matrix products
 // ----------------------------------------------------------------------------------
-
-using Product = testing::Product;
-
-/// As Product::compute, by a CUDA kernel. Outputs are given as unwritten memory.
-Product::Result compute(const cuda::GemmKernel& kernel, const Product& product) {
-  const GemmDesc& desc = product.desc;
-  const std::int64_t size = size_of(desc.dtype);
-  const auto a = on_device(product.a.storage, "A"), b = on_device(product.b.storage, "B");
-  const auto saved = on_device(product.saved.storage, "saved");
-  const auto bias = on_device(product.bias.storage, "bias");
-  const auto moved = [](const void* address, const std::vector<std::byte>& from,
-                        const GlobalArray& to) -> const void* {
-    return address == nullptr ? nullptr
-                              : to.data() + (static_cast<const std::byte*>(address) - from.data());
-  };
-  const auto bytes = [&](std::int64_t elements) {
-    return static_cast<std::size_t>(elements * size);
-  };
-  GlobalArray d(bytes(desc.m * desc.d_stride_m + 2 * Product::kGuard), "D");
-  GlobalArray a_sum(bytes(desc.m + 2 * Product::kGuard), "a_sum");
-  std::memset(d.data(), 0xa5, d.size());
-  std::memset(a_sum.data(), 0xa5, a_sum.size());
-  GlobalArray workspace(kernel.workspace(desc, kDevice), "workspace");
-  const GemmPointers at{moved(product.inputs.a, product.a.storage, *a),
-                        moved(product.inputs.b, product.b.storage, *b),
-                        d.data() + bytes(Product::kGuard),
-                        moved(product.inputs.bias, product.bias.storage, *bias),
-                        moved(product.inputs.saved, product.saved.storage, *saved),
-                        a_sum.data() + bytes(Product::kGuard)};
-  const int error = kernel.run(desc, at, workspace.data(), kDevice, nullptr);
-  CHECK(error == 0, kernel.name << ' ' << product.name() << ": " << last_error());
-  return {{d.data(), d.data() + d.size()}, {a_sum.data(), a_sum.data() + a_sum.size()}};
-}
 
 Product::Options options_of(int turn) {
   Product::Options options;
@@ -123,19 +74,10 @@ void test_exact_sums(const cuda::GemmKernel& kernel) {
         const auto values = [&](std::int64_t i, std::int64_t j) { return integer(i, j); };
         const Product product(dtype, m, n, k, options_of(turn), values, values,
                               testing::exact_saved);
-        const cpu::ReferenceGemm reference = cpu::reference_gemm(product.desc, product.inputs);
-        CHECK(compute(kernel, product) == product.expected(reference),
-              kernel.name << ' ' << product.name());
+        check_exact(kernel, product, compute(kernel, product));
       }
     }
   }
-}
-
-/// What a sum of `terms` may be off by, in units of the sum of magnitudes: 128 at a time, then
-/// those.
-double sum_error(DType dtype, std::int64_t terms) {
-  const double eps = dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
-  return eps * static_cast<double>(std::min<std::int64_t>(terms, 128) + terms / 128 + 4);
 }
 
 void test_random(const cuda::GemmKernel& kernel) {
@@ -151,22 +93,10 @@ void test_random(const cuda::GemmKernel& kernel) {
           return 1 / (1 + std::exp(-values(i, j)));
         };
         const Product product(dtype, m, n, k, options, values, values, outputs);
-        const cpu::ReferenceGemm reference = cpu::reference_gemm(product.desc, product.inputs);
-        const Product::Result result = compute(kernel, product);
         // dz = dy (1 - y) y has three roundings of its own.
         const double relative =
             sum_error(dtype, k) + (options.prologue ? 3 * sum_error(dtype, 0) : 0);
-        for (std::int64_t i = 0; i < m; ++i) {
-          for (std::int64_t j = 0; j < n; ++j) {
-            const double exact = reference.d[static_cast<std::size_t>(i * n + j)];
-            const double magnitude = reference.d_magnitude[static_cast<std::size_t>(i * n + j)];
-            const double slope = options.epilogue == Activation::kSigmoid ? 0.25 : 1;
-            const double bound = slope * relative * magnitude + 1.01 * spacing(dtype, exact);
-            CHECK(std::fabs(product.d(result, i, j) - exact) <= bound,
-                  kernel.name << ' ' << product.name() << " (" << i << ", " << j
-                              << "): " << product.d(result, i, j) << ", not " << exact);
-          }
-        }
+        check_close(kernel, product, compute(kernel, product), relative);
       }
     }
   }

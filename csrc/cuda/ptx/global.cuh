@@ -20,13 +20,16 @@ NEURON_EXT_DEVICE Bytes16 load_16_bytes(const void* source) {
 #endif
 }
 
+/// To global memory.
 NEURON_EXT_DEVICE void store_16_bytes(void* target, const Bytes16& value) {
 #ifdef NEURON_EXT_CUDA_EMULATOR
   emulator::check_alignment(target, 16);
   *static_cast<Bytes16*>(target) = value;
 #else
-  *static_cast<uint4*>(target) =
-      make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]);
+  // In PTX: the compiler takes an assignment apart where it may be skipped.
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(target)),
+               "r"(value.words[0]), "r"(value.words[1]), "r"(value.words[2]), "r"(value.words[3])
+               : "memory");
 #endif
 }
 

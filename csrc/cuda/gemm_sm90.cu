@@ -1,0 +1,324 @@
+// The matrix product on sm_90a's tensor cores: bf16 and f16, operands of either order.
+//
+// A block stays on its multiprocessor for all of its tiles and has three warpgroups. A thread of
+// the first tells the copy engine to fill a ring of stages with 64 k of A's and B's tiles. The
+// other two multiply 64 of the tile's 128 rows each and store them. What they share is the ring
+// alone, so one may be ahead of the other by all of its stages, and will be: while one is busy with
+// its activations, the other has the tensor cores for itself. That hides a sigmoid about as long as
+// the ring, whose 256 k take the tensor cores 2048 clocks for one of the two; the sigmoid of 64 x
+// 256 elements takes the special functions' unit 2048.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "activation.cuh"
+#include "gemm_config.h"
+#include "gemm_sm90.cuh"
+#include "prologue.h"
+#include "ptx/launch.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/sync.cuh"
+
+namespace neuron_ext::cuda {
+namespace {
+
+constexpr int kColumns = 64;  // that a consumer stores at a time: a swizzle's span
+
+/// Rows of D as they lie in shared memory, on their way to D.
+template <class T>
+using Part = T[kRows * kColumns];
+
+/// Of the 227 KiB that a block may have, all that makes another stage.
+template <class T, int kN>
+struct alignas(1024) Shared {
+  static constexpr int kStages = kN == 256 ? 4 : 6;
+  T a[kStages][kM * kK];
+  T b[kStages][kN * kK];
+  Part<T> parts[kConsumers][2];
+  float bias[kConsumers][kN];
+  ptx::Mbarrier full[kStages], empty[kStages];
+};
+static_assert(sizeof(Shared<BFloat16, 256>) <= 227 << 10);
+static_assert(sizeof(Shared<BFloat16, 128>) <= 227 << 10);
+
+struct Problem {
+  GemmDesc desc;
+  GemmPointers at;
+  Cut cut;
+  bool d_is_tiled;  // the copy engine can store it
+};
+
+// ---- sums on their way to D
+// -------------------------------------------------------------------------------
+
+/// A warpgroup's sums from `first` on, finished and rounded, as a swizzled box. Conflicts of banks
+/// there are none.
+template <class T, class F, int kSums>
+NEURON_EXT_DEVICE void finish(const float (&sums)[kSums], int first, const float* bias,
+                              Part<T>& part, int thread) {
+  const int lane = ptx::lane_id(), t = lane % 4;
+  T* const row = part + (thread / ptx::kWarp * 16 + lane % 16) * kColumns;
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; j += 2) {
+    std::uint32_t pairs[4];
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      const float* const at = bias + 8 * (j + p / 2) + 2 * t;
+      const int e = first + 4 * j + 2 * p;
+      pairs[p] = ptx::narrow_pair<T>(F::template apply<T>(sums[e] + at[0]),
+                                     F::template apply<T>(sums[e + 1] + at[1]));
+    }
+    ptx::store_matrices(row + ((j + lane / 16) ^ lane % 8) * 8, pairs);
+  }
+}
+
+template <class T, int kSums>
+NEURON_EXT_DEVICE void finish(Activation activation, const float (&sums)[kSums], int first,
+                              const float* bias, Part<T>& part, int thread) {
+  if (activation == Activation::kSigmoid) {
+    finish<T, Sigmoid>(sums, first, bias, part, thread);
+  } else {
+    finish<T, Identity>(sums, first, bias, part, thread);
+  }
+}
+
+/// A finished part goes to D: by all threads of the warpgroup, which then have another one's place
+/// to write to. `barrier` is theirs.
+template <class T>
+NEURON_EXT_DEVICE void store_part(const Problem& problem, const ptx::TensorMap& d_map,
+                                  const Part<T>& part, int i0, int j0, int thread, int barrier) {
+  ptx::async_proxy_fence();
+  ptx::barrier_sync(barrier, ptx::kWarpgroup);
+  const GemmDesc& desc = problem.desc;
+  if (problem.d_is_tiled) {
+    if (thread == 0) {
+      ptx::tma_store(d_map, part, i0, j0);
+      ptx::tma_store_commit();
+    }
+    return;
+  }
+  // Rows whose beginnings aren't aligned: an element at a time, neighbours by neighbours.
+  T* const d = static_cast<T*>(problem.at.d);
+  for (int e = thread; e < kRows * kColumns; e += ptx::kWarpgroup) {
+    const int row = e / kColumns, column = e % kColumns;
+    const std::int64_t i = i0 + row, j = j0 + column;
+    if (i >= desc.m || j >= desc.n) continue;
+    d[i * desc.d_stride_m + j] = part[row * kColumns + (column ^ row % 8 * 8)];
+  }
+}
+
+// ---- the product
+// ------------------------------------------------------------------------------------------
+
+template <class T, int kN, Major kMajorA, Major kMajorB>
+__global__ void __launch_bounds__(kThreads, 1)
+    gemm_sm90_kernel(const __grid_constant__ ptx::TensorMap a_map,
+                     const __grid_constant__ ptx::TensorMap b_map,
+                     const __grid_constant__ ptx::TensorMap d_map,
+                     const __grid_constant__ Problem problem) {
+#if NEURON_EXT_HAS_SM90A
+  using S = Shared<T, kN>;
+  constexpr DType kDType = std::is_same_v<T, BFloat16> ? DType::kBFloat16 : DType::kFloat16;
+  S& shared = ptx::dynamic_shared<S>();
+  const Cut& cut = problem.cut;
+  const int warpgroup = static_cast<int>(threadIdx.x) / ptx::kWarpgroup;
+  const int thread = static_cast<int>(threadIdx.x) % ptx::kWarpgroup;
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(a_map);
+    ptx::prefetch_tensor_map(b_map);
+    for (int stage = 0; stage < S::kStages; ++stage) {
+      ptx::mbarrier_init(shared.full[stage], 1);
+      ptx::mbarrier_init(shared.empty[stage], kConsumers);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  ptx::block_sync();
+
+  Ring<S::kStages> ring;
+  const int steps = static_cast<int>((problem.desc.k + kK - 1) / kK);
+  if (warpgroup == 0) {
+    ptx::release_registers<kProducerRegisters>();
+    if (thread == 0) {
+      for (std::int64_t tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
+        const TilePlace place = cut.place<kN>(tile);
+        for (int step = 0; step < steps; ++step) {
+          ptx::mbarrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
+          ptx::Mbarrier& full = shared.full[ring.stage];
+          ptx::mbarrier_arrive_expecting(full, sizeof(shared.a[0]) + sizeof(shared.b[0]));
+          load_tile<kM, kMajorA>(shared.a[ring.stage], a_map, full, place.i, step * kK);
+          load_tile<kN, kMajorB>(shared.b[ring.stage], b_map, full, place.j, step * kK);
+          ring.advance();
+        }
+      }
+    }
+  } else {
+    ptx::claim_registers<kConsumerRegisters>();
+    const int consumer = warpgroup - 1;
+    for (std::int64_t tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
+      const TilePlace place = cut.place<kN>(tile);
+      Bias<T, kN> bias;
+      bias.load(problem.desc, problem.at.bias, place.j, thread);
+
+      float sums[kN / 2];
+      int before = 0;  // the stage of the step before
+      for (int step = 0; step < steps; ++step) {
+        ptx::mbarrier_wait(shared.full[ring.stage], ring.parity);
+        const std::uint64_t a = descriptor_of(shared.a[ring.stage] + consumer * kRows * kK);
+        const std::uint64_t b = descriptor_of(shared.b[ring.stage]);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int kk = 0; kk < kK / 16; ++kk) {
+          ptx::wgmma_64xNx16<kN, kDType, kMajorA, kMajorB>(
+              sums, ptx::advance(a, kk * kStep<kMajorA>), ptx::advance(b, kk * kStep<kMajorB>),
+              step > 0 || kk > 0);
+        }
+        ptx::wgmma_commit();
+        // One step stays under way while the one before gives its stage back.
+        ptx::wgmma_wait<1>();
+        if (step > 0 && thread == 0) ptx::mbarrier_arrive(shared.empty[before]);
+        before = ring.stage;
+        ring.advance();
+      }
+      ptx::wgmma_wait<0>();
+      if (thread == 0) ptx::mbarrier_arrive(shared.empty[before]);
+
+      bias.store(shared.bias[consumer], thread);
+#pragma unroll
+      for (int c = 0; c < kN; c += kColumns) {
+        Part<T>& part = shared.parts[consumer][c / kColumns % 2];
+        if (thread == 0) ptx::tma_store_wait_read<1>();  // of the part's last content
+        ptx::barrier_sync(warpgroup, ptx::kWarpgroup);
+        finish<T>(problem.desc.epilogue, sums, c / 2, shared.bias[consumer] + c, part, thread);
+        store_part<T>(problem, d_map, part, place.i + consumer * kRows, place.j + c, thread,
+                      warpgroup);
+      }
+    }
+    if (thread == 0) ptx::tma_store_wait_read<0>();
+  }
+#endif
+}
+
+// ---- launch
+// -----------------------------------------------------------------------------------------------
+
+/// What the copy engine takes: contiguous one way, rows that don't overlap, multiples of 16 bytes.
+bool is_tileable(const void* base, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
+                 std::int64_t column_stride) {
+  constexpr std::int64_t kAlignment = 16 / sizeof(BFloat16);
+  constexpr std::int64_t kFurthest = (std::int64_t{1} << 40) / sizeof(BFloat16);
+  return column_stride == 1 && row_stride >= columns && row_stride % kAlignment == 0 &&
+         row_stride < kFurthest && rows <= kLargest && columns <= kLargest &&
+         reinterpret_cast<std::uintptr_t>(base) % 16 == 0;
+}
+
+/// An operand's side as is_tileable wants it, whichever of its indices is contiguous.
+struct Operand {
+  const void* base;
+  std::int64_t count, k, stride, stride_k;  // count: of rows of A, of columns of B
+
+  bool is_along_k() const { return is_tileable(base, count, k, stride, stride_k); }
+  bool is_across_k() const { return is_tileable(base, k, count, stride_k, stride); }
+
+  int make_map(DType dtype, int tile, ptx::TensorMap* map) const {
+    const bool along = is_along_k();
+    return ptx::make_tensor_map({.base = base,
+                                 .dtype = dtype,
+                                 .rows = along ? count : k,
+                                 .columns = along ? k : count,
+                                 .row_stride = along ? stride : stride_k,
+                                 .box_rows = along ? tile : kK,
+                                 .box_columns = kK},
+                                map);
+  }
+};
+
+Operand a_of(const GemmDesc& desc, const GemmPointers& at) {
+  return {at.a, desc.m, desc.k, desc.a_stride_m, desc.a_stride_k};
+}
+Operand b_of(const GemmDesc& desc, const GemmPointers& at) {
+  return {at.b, desc.n, desc.k, desc.b_stride_n, desc.b_stride_k};
+}
+
+Cut cut_of(const GemmDesc& desc, const Device& device) {
+  const std::int64_t tiles_m = divide_up(desc.m, kM);
+  // The time of all tiles, in those of narrow ones: a wide one takes less than two, since each byte
+  // that is read serves more products (48 bytes a clock in place of 64, of the 80 that are seen
+  // from L2).
+  constexpr double kWide = 1.75;
+  const auto time = [&](int tile_n, double tile) {
+    return tile *
+           static_cast<double>(divide_up(tiles_m * divide_up(desc.n, tile_n), device.sm_count));
+  };
+  return make_cut(desc, time(256, kWide) <= time(128, 1) ? 256 : 128);
+}
+
+bool accepts(const GemmDesc& desc, const GemmPointers& at, const Device&) {
+  const Operand a = a_of(desc, at), b = b_of(desc, at);
+  // With a prologue, A is rewritten.
+  const bool takes_a = desc.prologue == Activation::kIdentity
+                           ? a.is_along_k() || a.is_across_k()
+                           : std::max(desc.m, desc.k) <= kLargest;
+  return desc.n > 0 && desc.k > 0 && takes_a && (b.is_along_k() || b.is_across_k());
+}
+
+std::size_t workspace(const GemmDesc& desc, const Device&) { return prologue_workspace(desc); }
+
+template <class T, int kN>
+auto kernel_for(bool a_is_along_k, bool b_is_along_k) {
+  constexpr Major kK = Major::kK, kMN = Major::kMN;
+  if (a_is_along_k) {
+    return b_is_along_k ? gemm_sm90_kernel<T, kN, kK, kK> : gemm_sm90_kernel<T, kN, kK, kMN>;
+  }
+  return b_is_along_k ? gemm_sm90_kernel<T, kN, kMN, kK> : gemm_sm90_kernel<T, kN, kMN, kMN>;
+}
+
+template <class T, int kN>
+int run_as(const Problem& problem, const Device& device, Stream stream) {
+  const GemmDesc& desc = problem.desc;
+  const Operand a = a_of(desc, problem.at), b = b_of(desc, problem.at);
+  ptx::TensorMap a_map, b_map, d_map = {};
+  int error = a.make_map(desc.dtype, kM, &a_map);
+  if (error != 0) return error;
+  error = b.make_map(desc.dtype, kN, &b_map);
+  if (error != 0) return error;
+  if (problem.d_is_tiled) {
+    error = ptx::make_tensor_map({.base = problem.at.d,
+                                  .dtype = desc.dtype,
+                                  .rows = desc.m,
+                                  .columns = desc.n,
+                                  .row_stride = desc.d_stride_m,
+                                  .box_rows = kRows,
+                                  .box_columns = kColumns},
+                                 &d_map);
+    if (error != 0) return error;
+  }
+  const auto blocks =
+      static_cast<unsigned>(std::min<std::int64_t>(problem.cut.tiles, device.sm_count));
+  return ptx::launch(kernel_for<T, kN>(a.is_along_k(), b.is_along_k()),
+                     {dim3(blocks), dim3(kThreads), sizeof(Shared<T, kN>)}, stream, a_map, b_map,
+                     d_map, problem);
+}
+
+int run(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device& device,
+        Stream stream) {
+  Problem problem{desc, at, cut_of(desc, device),
+                  is_tileable(at.d, desc.m, desc.n, desc.d_stride_m, 1)};
+  const int error = run_prologue(problem.desc, problem.at, workspace, stream);
+  if (error != 0) return error;
+  const auto run_dtype = [&]<class T>(T*) {
+    return problem.cut.tile_n == 256 ? run_as<T, 256>(problem, device, stream)
+                                     : run_as<T, 128>(problem, device, stream);
+  };
+  return desc.dtype == DType::kBFloat16 ? run_dtype(static_cast<BFloat16*>(nullptr))
+                                        : run_dtype(static_cast<Float16*>(nullptr));
+}
+
+constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
+
+}  // namespace
+
+const GemmKernel gemm_sm90 = {"gemm_sm90", kDTypes, 90, 90, accepts, workspace, run};
+
+}  // namespace neuron_ext::cuda

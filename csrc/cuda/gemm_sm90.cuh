@@ -1,0 +1,122 @@
+// What the products on sm_90a's tensor cores share: the shape of a block, the order of its tiles,
+// its ring of stages, and operands in shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "neuron_ext/gemm.h"
+#include "ptx/numbers.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace neuron_ext::cuda {
+namespace {
+
+using ptx::Major;
+
+constexpr int kM = 128, kK = 64;        // of a tile; kK is a swizzle's span
+constexpr int kConsumers = 2;           // warpgroups that multiply
+constexpr int kRows = kM / kConsumers;  // of one of them
+constexpr int kThreads = (1 + kConsumers) * ptx::kWarpgroup;
+
+// What the warpgroups do with 65536 registers: 232 leave room beside 128 sums.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * ptx::kWarpgroup <= 65536);
+
+inline std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
+
+// Rows or columns of a matrix: with what the last tile adds, an int.
+constexpr std::int64_t kLargest = (std::int64_t{1} << 31) - 256;
+
+struct TilePlace {
+  int i, j;  // the first row and column
+};
+
+/// How the work is cut, which leaves results as they are.
+struct Cut {
+  int tile_n;
+  std::int64_t tiles_m, tiles_n, tiles;
+
+  /// Tiles in the order in which blocks take them: down 16 rows of tiles, then the next column. The
+  /// 132 that an H100 has under way then read 2048 rows and about as many columns, the fewest that
+  /// can be, and those of A stay in L2 for the whole width.
+  template <int kN>
+  NEURON_EXT_DEVICE TilePlace place(std::int64_t tile) const {
+    constexpr std::int64_t kBand = 16;
+    const std::int64_t band = tile / (kBand * tiles_n), rest = tile % (kBand * tiles_n);
+    const std::int64_t below = tiles_m - band * kBand;
+    const std::int64_t height = below < kBand ? below : kBand;
+    return {static_cast<int>(band * kBand + rest % height) * kM,
+            static_cast<int>(rest / height) * kN};
+  }
+};
+
+inline Cut make_cut(const GemmDesc& desc, int tile_n) {
+  const std::int64_t tiles_m = divide_up(desc.m, kM), tiles_n = divide_up(desc.n, tile_n);
+  return {tile_n, tiles_m, tiles_n, tiles_m * tiles_n};
+}
+
+/// The stage that is next, and the parity of its phase.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  std::uint32_t parity = 0;
+
+  NEURON_EXT_DEVICE void advance() {
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+// ---- operands in shared memory
+// ----------------------------------------------------------------------------
+
+/// kCount rows (or columns) of an operand, by kK. Along k it is one box; otherwise one for each
+/// span of 64 rows (or columns), one after the other.
+template <int kCount, Major kMajor, class T>
+NEURON_EXT_DEVICE void load_tile(T* tile, const ptx::TensorMap& map, ptx::Mbarrier& loaded, int mn,
+                                 int k) {
+  if constexpr (kMajor == Major::kK) {
+    ptx::tma_load(tile, map, loaded, mn, k);
+  } else {
+#pragma unroll
+    for (int c = 0; c < kCount; c += kK) ptx::tma_load(tile + c * kK, map, loaded, k, mn + c);
+  }
+}
+
+constexpr int kSpan = 128;  // bytes
+
+template <class T>
+NEURON_EXT_DEVICE std::uint64_t descriptor_of(const T* tile) {
+  return ptx::matrix_descriptor(tile, 8 * kSpan, kK * kSpan, ptx::Swizzle::k128Bytes);
+}
+
+/// From 16 k to the next: 32 bytes along a row, or 16 rows.
+template <Major kMajor>
+constexpr int kStep = kMajor == Major::kK ? 32 : 16 * kSpan;
+
+/// The part of a bias that a tile's columns have, in the registers of a warpgroup: read while the
+/// tile is multiplied.
+template <class T, int kN>
+struct Bias {
+  static constexpr int kValues = kN / ptx::kWarpgroup;
+  float values[kValues];
+
+  NEURON_EXT_DEVICE void load(const GemmDesc& desc, const void* bias, int j0, int thread) {
+#pragma unroll
+    for (int r = 0; r < kValues; ++r) {
+      const std::int64_t j = j0 + thread + r * ptx::kWarpgroup;
+      values[r] = 0;
+      if (!desc.has_bias || j >= desc.n) continue;
+      values[r] = ptx::widen(static_cast<const T*>(bias)[j * desc.bias_stride]);
+    }
+  }
+  NEURON_EXT_DEVICE void store(float (&shared)[kN], int thread) const {
+#pragma unroll
+    for (int r = 0; r < kValues; ++r) shared[thread + r * ptx::kWarpgroup] = values[r];
+  }
+};
+
+}  // namespace
+}  // namespace neuron_ext::cuda

@@ -1,0 +1,216 @@
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+
+#include "activation.cuh"
+#include "prologue.h"
+#include "ptx/global.cuh"
+#include "ptx/launch.cuh"
+#include "ptx/sync.cuh"
+
+namespace neuron_ext::cuda {
+namespace {
+
+// A block's 16 bytes side by side, and the rows of them that it takes at once.
+constexpr int kLanes = 8, kRows = 32, kThreads = kLanes * kRows;
+
+// On a multiprocessor at once: their loads are 32 KiB, twice what its share of the memory's
+// bandwidth and latency asks for.
+constexpr int kBlocks = 4;
+
+template <class T>
+constexpr int kVector = sizeof(ptx::Bytes16) / sizeof(T);
+
+/// A or saved, as `outer` rows of `inner` elements: A's rows or its columns.
+struct Source {
+  const void* base;
+  std::int64_t stride_inner, stride_outer;
+  bool is_aligned;  // rows are contiguous and begin at multiples of 16 bytes
+};
+
+struct Step {
+  Activation f;
+  std::int64_t inner, outer;
+  Source a, saved;
+  void* result;  // null: only sums
+  std::int64_t result_stride;
+  // Rows are summed in slabs, slab by slab in blocks of their own, then those sums in order.
+  std::int64_t slab, slabs;
+  void* slab_sums;  // (slab, inner); null: none
+  void* sums;
+};
+
+std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
+
+template <class T>
+union Vector {
+  ptx::Bytes16 bytes;
+  T elements[kVector<T>];
+};
+
+template <class T>
+NEURON_EXT_DEVICE Vector<T> load(const Source& source, std::int64_t x, std::int64_t y,
+                                 std::int64_t inner) {
+  Vector<T> vector;
+  const T* const first =
+      static_cast<const T*>(source.base) + x * source.stride_inner + y * source.stride_outer;
+  if (source.is_aligned && x + kVector<T> <= inner) {
+    vector.bytes = ptx::load_16_bytes(first);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kVector<T>; ++e) {
+      vector.elements[e] = x + e < inner ? first[e * source.stride_inner] : T{};
+    }
+  }
+  return vector;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    prologue_kernel(const __grid_constant__ Step step) {
+  using S = Accumulator<T>;
+  constexpr int kWidth = kLanes * kVector<T>;
+  NEURON_EXT_SHARED(S, row_sums, [kRows][kWidth]);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, row = thread / kLanes;
+  const std::int64_t x0 = std::int64_t{kWidth} * blockIdx.x, x = x0 + lane * kVector<T>;
+  const std::int64_t begin = step.slab * blockIdx.y;
+  const std::int64_t end = begin + step.slab < step.outer ? begin + step.slab : step.outer;
+
+  S sums[kVector<T>] = {};
+  for (std::int64_t y = begin + row; y < end; y += kRows) {
+    if (x >= step.inner) continue;
+    const Vector<T> a = load<T>(step.a, x, y, step.inner);
+    Vector<T> saved = {}, result;
+    if (step.f != Activation::kIdentity) saved = load<T>(step.saved, x, y, step.inner);
+#pragma unroll
+    for (int e = 0; e < kVector<T>; ++e) {
+      const S value = gradient(step.f, ptx::widen(a.elements[e]), ptx::widen(saved.elements[e]));
+      sums[e] += value;
+      result.elements[e] = ptx::narrow<T>(value);
+    }
+    if (step.result != nullptr) {
+      ptx::store_16_bytes(static_cast<T*>(step.result) + y * step.result_stride + x, result.bytes);
+    }
+  }
+
+  if (step.slab_sums == nullptr) return;
+#pragma unroll
+  for (int e = 0; e < kVector<T>; ++e) row_sums[row][lane * kVector<T> + e] = sums[e];
+  ptx::block_sync();
+  if (thread >= kWidth || x0 + thread >= step.inner) return;
+  S sum = 0;
+  for (int r = 0; r < kRows; ++r) sum += row_sums[r][thread];
+  static_cast<S*>(step.slab_sums)[blockIdx.y * step.inner + x0 + thread] = sum;
+}
+
+/// A warp's lanes are neighbours; its warps share the slabs.
+template <class T>
+__global__ void __launch_bounds__(kThreads) add_slabs_kernel(const __grid_constant__ Step step) {
+  using S = Accumulator<T>;
+  constexpr int kWarps = kThreads / ptx::kWarp;
+  NEURON_EXT_SHARED(S, warp_sums, [kWarps][ptx::kWarp]);
+  const int lane = ptx::lane_id(), warp = static_cast<int>(threadIdx.x) / ptx::kWarp;
+  const std::int64_t x = std::int64_t{ptx::kWarp} * blockIdx.x + lane;
+  S sum = 0;
+  if (x < step.inner) {
+#pragma unroll 4
+    for (std::int64_t slab = warp; slab < step.slabs; slab += kWarps) {
+      sum += static_cast<const S*>(step.slab_sums)[slab * step.inner + x];
+    }
+  }
+  warp_sums[warp][lane] = sum;
+  ptx::block_sync();
+  if (warp > 0 || x >= step.inner) return;
+  sum = 0;
+  for (int w = 0; w < kWarps; ++w) sum += warp_sums[w][lane];
+  static_cast<T*>(step.sums)[x] = ptx::narrow<T>(sum);
+}
+
+/// Sums need rows that run across k, however A lies.
+bool runs_across_k(const GemmDesc& desc) {
+  return desc.has_a_sum || std::abs(desc.a_stride_m) < std::abs(desc.a_stride_k);
+}
+
+constexpr std::int64_t kAlignment = 256;  // of the workspace's two parts
+
+std::int64_t result_bytes(const Step& step, DType dtype) {
+  return divide_up(step.outer * step.result_stride * size_of(dtype), kAlignment) * kAlignment;
+}
+
+Step step_of(const GemmDesc& desc) {
+  const bool across_k = runs_across_k(desc);
+  const std::int64_t vector = 16 / size_of(desc.dtype);
+  Step step = {};
+  step.f = desc.prologue;
+  step.inner = across_k ? desc.m : desc.k;
+  step.outer = across_k ? desc.k : desc.m;
+  step.result_stride =
+      desc.prologue == Activation::kIdentity ? 0 : divide_up(step.inner, vector) * vector;
+  // Enough blocks for a GPU, of 8 turns or more. What is left to add up afterwards is small.
+  constexpr std::int64_t kWholeGpu = 1024, kMostSlabs = 256, kLeastTurns = 8;
+  const std::int64_t blocks = divide_up(step.inner, kLanes * vector);
+  const std::int64_t slabs =
+      std::clamp<std::int64_t>(divide_up(step.outer, kLeastTurns * kRows), 1,
+                               std::min(kMostSlabs, divide_up(kWholeGpu, blocks)));
+  step.slab = divide_up(divide_up(step.outer, slabs), kRows) * kRows;
+  step.slabs = divide_up(step.outer, step.slab);
+  return step;
+}
+
+template <class T>
+int launch_step(const Step& step, Stream stream) {
+  const auto blocks = [&](std::int64_t width) {
+    return static_cast<unsigned>(divide_up(step.inner, width));
+  };
+  const int error = ptx::launch(
+      prologue_kernel<T>,
+      {dim3(blocks(kLanes * kVector<T>), static_cast<unsigned>(step.slabs)), dim3(kThreads)},
+      stream, step);
+  if (error != 0 || step.slab_sums == nullptr) return error;
+  return ptx::launch(add_slabs_kernel<T>, {dim3(blocks(ptx::kWarp)), dim3(kThreads)}, stream, step);
+}
+
+}  // namespace
+
+std::size_t prologue_workspace(const GemmDesc& desc) {
+  if (desc.prologue == Activation::kIdentity && !desc.has_a_sum) return 0;
+  const Step step = step_of(desc);
+  constexpr std::int64_t kLargestSum = 8;
+  const std::int64_t sums = desc.has_a_sum ? step.slabs * step.inner * kLargestSum : 0;
+  return static_cast<std::size_t>(result_bytes(step, desc.dtype) + sums);
+}
+
+int run_prologue(GemmDesc& desc, GemmPointers& at, void* workspace, Stream stream) {
+  const bool has_prologue = desc.prologue != Activation::kIdentity;
+  if (!has_prologue && !desc.has_a_sum) return 0;
+  Step step = step_of(desc);
+  const bool across_k = runs_across_k(desc);
+  const auto source = [&](const void* base, std::int64_t stride_m, std::int64_t stride_k) {
+    if (across_k) std::swap(stride_m, stride_k);
+    return Source{base, stride_k, stride_m,
+                  stride_k == 1 && stride_m % (16 / size_of(desc.dtype)) == 0 &&
+                      reinterpret_cast<std::uintptr_t>(base) % 16 == 0};
+  };
+  step.a = source(at.a, desc.a_stride_m, desc.a_stride_k);
+  step.saved = source(at.saved, desc.saved_stride_m, desc.saved_stride_k);
+  if (has_prologue) step.result = workspace;
+  if (desc.has_a_sum) {
+    step.slab_sums = static_cast<std::byte*>(workspace) + result_bytes(step, desc.dtype);
+    step.sums = at.a_sum;
+  }
+  const int error =
+      visit_dtype(desc.dtype, [&]<class T>(T*) { return launch_step<T>(step, stream); });
+
+  desc.has_a_sum = false;
+  desc.prologue = Activation::kIdentity;
+  at.a_sum = nullptr;
+  if (has_prologue) {
+    at.a = workspace;
+    at.saved = nullptr;
+    desc.a_stride_m = across_k ? 1 : step.result_stride;
+    desc.a_stride_k = across_k ? step.result_stride : 1;
+  }
+  return error;
+}
+
+}  // namespace neuron_ext::cuda

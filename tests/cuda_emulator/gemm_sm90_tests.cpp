@@ -1,0 +1,185 @@
+// Tests of gemm_sm90 on the emulator.
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "gemm_testing.h"
+
+namespace {
+
+using namespace neuron_ext;
+using emulator::Order;
+using emulator::settings;
+using testing::change_settings;
+using testing::check_close;
+using testing::check_exact;
+using testing::compute;
+using testing::failures;
+using testing::kDevice;
+using testing::Layout;
+using testing::Product;
+using testing::report_mutex;
+
+constexpr const cuda::GemmKernel& kKernel = cuda::gemm_sm90;
+constexpr DType k16Bits[] = {DType::kBFloat16, DType::kFloat16};
+
+// Multiprocessors, which decide about tiles: with one, 256 columns where there are more than 128.
+constexpr int kSmCounts[] = {1, 3};
+
+bool accepts(const Product& product) {
+  GemmPointers at = product.inputs;
+  at.d = product.b.storage.empty() ? nullptr : const_cast<std::byte*>(product.b.storage.data());
+  return kKernel.accepts(product.desc, at, kDevice);
+}
+
+/// Rows of D that the copy engine stores, or not.
+void set_d_stride(Product& product, bool is_tiled) {
+  product.desc.d_stride_m = (product.desc.n + 7) / 8 * 8 + (is_tiled ? 8 : 1);
+}
+
+/// Around the edges of tiles of 128 by 128 or 256 by 64, of what a warpgroup stores (64 by 64), of
+/// what the ring has (256 or 384 k), and of bands of tiles.
+void test_exact_sums() {
+  struct Size {
+    std::int64_t m, n, k;
+  };
+  const Size sizes[] = {
+      {8, 8, 8},      {1, 8, 16},     {16, 1, 8},    {64, 64, 64},    {72, 56, 72},   {63, 65, 56},
+      {128, 256, 64}, {136, 264, 64}, {129, 255, 1}, {264, 128, 456}, {40, 520, 264}, {8, 136, 712},
+      {200, 24, 384}, {65, 72, 63},   {2056, 8, 8},  {2056, 264, 8},  {72, 16, 600}};
+  int turn = 0, taken = 0;
+  for (const auto& [m, n, k] : sizes) {
+    for (const Layout a : {Layout::kRows, Layout::kColumns}) {
+      for (const Layout b : {Layout::kRows, Layout::kColumns}) {
+        for (const int sm_count : kSmCounts) {
+          ++turn;
+          Product::Options options;
+          options.a = a, options.b = b;
+          options.bias = turn % 3 != 0;
+          options.bias_is_scalar = turn % 5 == 0;
+          options.prologue = turn % 4 == 1;
+          options.a_sum = turn % 3 == 1;
+          options.saved = turn % 16 == 1 ? Layout::kGaps : a;
+          Product product(k16Bits[turn % 2], m, n, k, options, testing::integer, testing::integer,
+                          testing::exact_saved);
+          set_d_stride(product, turn % 7 < 4);
+          if (!accepts(product)) continue;
+          ++taken;
+          change_settings();
+          check_exact(kKernel, product, compute(kKernel, product, {90, sm_count}));
+        }
+      }
+    }
+  }
+  CHECK(taken > 80, taken << " products were accepted");
+}
+
+void test_random() {
+  int turn = 0;
+  for (const DType dtype : k16Bits) {
+    for (const int sm_count : kSmCounts) {
+      for (const bool has_sigmoid : {false, true}) {
+        change_settings();
+        constexpr std::int64_t kM = 136, kN = 280, kK = 520;
+        Product::Options options;
+        options.a = turn % 2 == 0 ? Layout::kRows : Layout::kColumns;
+        options.b = turn++ / 2 % 2 == 0 ? Layout::kColumns : Layout::kRows;
+        options.bias = true;
+        options.prologue = !has_sigmoid;
+        options.epilogue = has_sigmoid ? Activation::kSigmoid : Activation::kIdentity;
+        const testing::Values values = testing::random_values(7, kK, kK, false);
+        const auto outputs = [&](std::int64_t i, std::int64_t j) {
+          return 1 / (1 + std::exp(-values(i, j)));
+        };
+        Product product(dtype, kM, kN, kK, options, values, values, outputs);
+        set_d_stride(product, true);
+        // One running sum of each element; dz is rounded to 16 bits.
+        const double rounding = dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
+        const double relative = 0x1p-24 * (kK + 5) + (options.prologue ? rounding : 0);
+        check_close(kKernel, product, compute(kKernel, product, {90, sm_count}), relative);
+      }
+    }
+  }
+}
+
+/// The same bits in any order of threads, for any lateness, with any tiles.
+void test_orders() {
+  const testing::Values values = testing::random_values(3, 400, 400, false);
+  Product::Options options;
+  options.bias = true;
+  options.epilogue = Activation::kSigmoid;
+  Product product(DType::kBFloat16, 200, 264, 392, options, values, values, values);
+  set_d_stride(product, true);
+  settings() = {};
+  const Product::Result first = compute(kKernel, product);
+  for (const int sm_count : {1, 2, 132}) {
+    for (const bool late : {false, true}) {
+      for (const Order order : {Order::kReverse, Order::kShuffled}) {
+        settings() = {.order = order, .late_copies = late, .late_products = !late};
+        CHECK(compute(kKernel, product, {90, sm_count}) == first,
+              sm_count << " multiprocessors, order " << static_cast<int>(order));
+      }
+    }
+  }
+}
+
+/// A prologue takes operands that the copy engine doesn't.
+void test_prologue_layouts() {
+  for (int layout = 0; layout < testing::kLayouts; ++layout) {
+    for (const bool has_sum : {false, true}) {
+      change_settings();
+      Product::Options options;
+      options.a = static_cast<Layout>(layout);
+      options.saved = static_cast<Layout>((layout + 2) % testing::kLayouts);
+      options.b = Layout::kRows;
+      options.prologue = true;
+      options.a_sum = has_sum;
+      Product product(DType::kFloat16, 77, 40, 301, options, testing::integer, testing::integer,
+                      testing::exact_saved);
+      set_d_stride(product, has_sum);
+      CHECK(accepts(product), product.name());
+      check_exact(kKernel, product, compute(kKernel, product));
+    }
+  }
+}
+
+/// What the copy engine can't take is refused.
+void test_refusals() {
+  const auto is_taken = [](const auto& change) {
+    alignas(16) static std::byte memory[16];
+    GemmDesc desc;
+    desc.dtype = DType::kBFloat16;
+    desc.m = desc.n = desc.k = desc.a_stride_m = desc.b_stride_n = desc.d_stride_m = 64;
+    GemmPointers at{.a = memory, .b = memory, .d = memory};
+    change(desc, at);
+    return kKernel.accepts(desc, at, kDevice);
+  };
+  using Desc = GemmDesc;
+  using At = GemmPointers;
+  const auto moved = [](const void* from) { return static_cast<const std::byte*>(from) + 2; };
+  CHECK(is_taken([](Desc&, At&) {}), "as it is");
+  CHECK(is_taken([](Desc& d, At&) { d.a_stride_m = 72; }), "rows with gaps");
+  CHECK(is_taken([](Desc& d, At&) { d.a_stride_m = 1, d.a_stride_k = 64; }), "columns of A");
+  CHECK(is_taken([](Desc& d, At&) { d.b_stride_n = 1, d.b_stride_k = 64; }), "rows of B");
+  CHECK(is_taken([](Desc& d, At&) { d.d_stride_m = 65; }), "any rows of D");
+  CHECK(!is_taken([](Desc& d, At&) { d.k = 0; }), "no k");
+  CHECK(!is_taken([](Desc& d, At&) { d.n = 0; }), "no columns");
+  CHECK(!is_taken([](Desc& d, At&) { d.a_stride_m = 68; }), "rows of A between 16 bytes");
+  CHECK(!is_taken([](Desc& d, At&) { d.a_stride_m = 0; }), "one row for all of A");
+  CHECK(!is_taken([](Desc& d, At&) { d.b_stride_n = -64; }), "columns of B backwards");
+  CHECK(!is_taken([](Desc& d, At&) { d.b_stride_k = 2; }), "gaps both ways");
+  CHECK(!is_taken([&](Desc&, At& at) { at.a = moved(at.a); }), "A between 16 bytes");
+  CHECK(!is_taken([&](Desc&, At& at) { at.b = moved(at.b); }), "B between 16 bytes");
+  CHECK(!is_taken([](Desc& d, At&) { d.m = std::int64_t{1} << 31; }), "rows beyond 32 bits");
+}
+
+}  // namespace
+
+int main() {
+  test_refusals();
+  test_exact_sums();
+  test_prologue_layouts();
+  test_random();
+  test_orders();
+  return failures == 0 ? 0 : 1;
+}

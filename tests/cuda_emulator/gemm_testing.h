@@ -1,0 +1,102 @@
+// What the tests of CUDA's matrix products share: a product computed on the emulator, and what it
+// is held against.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "control.h"
+#include "gemm_config.h"
+#include "neuron_ext/cuda.h"
+#include "reference.h"
+#include "testing.h"
+
+namespace neuron_ext::testing {
+
+inline constexpr cuda::Device kDevice{90, 3};
+
+/// A different way to run on each call.
+inline void change_settings() {
+  static int turn = 0;
+  emulator::settings() = {static_cast<emulator::Order>(turn % 3), turn / 3 % 2 != 0,
+                          turn / 6 % 2 != 0, turn % 5 % 3 - 1, static_cast<std::uint32_t>(turn)};
+  ++turn;
+}
+
+/// The bytes of `host`, where kernels' accesses are watched.
+inline std::unique_ptr<emulator::GlobalArray> on_device(const std::vector<std::byte>& host,
+                                                        const char* name) {
+  auto array = std::make_unique<emulator::GlobalArray>(host.size(), name);
+  std::memcpy(array->data(), host.data(), host.size());
+  array->set_written();
+  return array;
+}
+
+/// As Product::compute, by a CUDA kernel. Outputs are given as unwritten memory.
+inline Product::Result compute(const cuda::GemmKernel& kernel, const Product& product,
+                               const cuda::Device& device = kDevice) {
+  const GemmDesc& desc = product.desc;
+  const std::int64_t size = size_of(desc.dtype);
+  const auto a = on_device(product.a.storage, "A"), b = on_device(product.b.storage, "B");
+  const auto saved = on_device(product.saved.storage, "saved");
+  const auto bias = on_device(product.bias.storage, "bias");
+  const auto moved = [](const void* address, const std::vector<std::byte>& from,
+                        const emulator::GlobalArray& to) -> const void* {
+    return address == nullptr ? nullptr
+                              : to.data() + (static_cast<const std::byte*>(address) - from.data());
+  };
+  const auto bytes = [&](std::int64_t elements) {
+    return static_cast<std::size_t>(elements * size);
+  };
+  emulator::GlobalArray d(bytes(desc.m * desc.d_stride_m + 2 * Product::kGuard), "D");
+  emulator::GlobalArray a_sum(bytes(desc.m + 2 * Product::kGuard), "a_sum");
+  std::memset(d.data(), 0xa5, d.size());
+  std::memset(a_sum.data(), 0xa5, a_sum.size());
+  emulator::GlobalArray workspace(kernel.workspace(desc, device), "workspace");
+  const GemmPointers at{moved(product.inputs.a, product.a.storage, *a),
+                        moved(product.inputs.b, product.b.storage, *b),
+                        d.data() + bytes(Product::kGuard),
+                        moved(product.inputs.bias, product.bias.storage, *bias),
+                        moved(product.inputs.saved, product.saved.storage, *saved),
+                        a_sum.data() + bytes(Product::kGuard)};
+  const int error = kernel.run(desc, at, workspace.data(), device, nullptr);
+  CHECK(error == 0, kernel.name << ' ' << product.name() << ": " << emulator::last_error());
+  return {{d.data(), d.data() + d.size()}, {a_sum.data(), a_sum.data() + a_sum.size()}};
+}
+
+/// Bit for bit the reference's result, rounded once; for operands whose sums are exact.
+inline void check_exact(const cuda::GemmKernel& kernel, const Product& product,
+                        const Product::Result& result) {
+  CHECK(result == product.expected(cpu::reference_gemm(product.desc, product.inputs)),
+        kernel.name << ' ' << product.name());
+}
+
+/// What a sum of `terms` may be off by, in units of the sum of magnitudes: 128 at a time, then
+/// those.
+inline double sum_error(DType dtype, std::int64_t terms) {
+  const double eps = dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
+  return eps * static_cast<double>(std::min<std::int64_t>(terms, 128) + terms / 128 + 4);
+}
+
+/// Within `relative` of the sum of magnitudes, and one rounding.
+inline void check_close(const cuda::GemmKernel& kernel, const Product& product,
+                        const Product::Result& result, double relative) {
+  const GemmDesc& desc = product.desc;
+  const cpu::ReferenceGemm reference = cpu::reference_gemm(desc, product.inputs);
+  const double slope = desc.epilogue == Activation::kSigmoid ? 0.25 : 1;
+  for (std::int64_t i = 0; i < desc.m; ++i) {
+    for (std::int64_t j = 0; j < desc.n; ++j) {
+      const double exact = reference.d[static_cast<std::size_t>(i * desc.n + j)];
+      const double magnitude = reference.d_magnitude[static_cast<std::size_t>(i * desc.n + j)];
+      const double bound = slope * relative * magnitude + 1.01 * spacing(desc.dtype, exact);
+      CHECK(std::fabs(product.d(result, i, j) - exact) <= bound,
+            kernel.name << ' ' << product.name() << " (" << i << ", " << j
+                        << "): " << product.d(result, i, j) << ", not " << exact);
+    }
+  }
+}
+
+}  // namespace neuron_ext::testing
