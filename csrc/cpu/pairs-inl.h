@@ -92,9 +92,8 @@ class NotedPairs {
   static constexpr bool kIsPlain = std::is_same_v<F, Identity>;
 
   static Words<V> gradient(Words<V> dy, Words<V> y) {
-    const Halves<V> low = to_bf16<V>(F::template gradient<V>(lower<V>(dy), lower<V>(y)));
-    const Halves<V> high = to_bf16<V>(F::template gradient<V>(upper<V>(dy), upper<V>(y)));
-    return __builtin_convertvector(low, Words<V>) | __builtin_convertvector(high, Words<V>) << 16;
+    return round_to_pairs<V>({F::template gradient<V>(lower<V>(dy), lower<V>(y)),
+                              F::template gradient<V>(upper<V>(dy), upper<V>(y))});
   }
   Reg<V> note(Words<V> pairs) const {
     lowest_ = V::lower_magnitudes(lowest_, pairs);

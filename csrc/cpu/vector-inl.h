@@ -219,8 +219,14 @@ Two<V> load_two(const BFloat16* p) {
   return {lower<V>(pairs), upper<V>(pairs)};
 }
 
-/// In the order of load_two. What is stored was computed from T, so that the lower half of a nan is
-/// zero.
+/// The bf16 nearest to x.first in the lower halves, to x.second in the upper ones. As for
+/// round_to_bf16, the lower half of a nan must be zero, as it is in what was computed from bf16.
+template <class V>
+Words<V> round_to_pairs(const Two<V>& x) {
+  return round_to_bf16<V>(x.first) >> 16 | (round_to_bf16<V>(x.second) & 0xffff0000);
+}
+
+/// In the order of load_two, of what was computed from T.
 template <class V, class T>
 void store_two(T* p, const Two<V>& x) {
   store<V>(p, x.first);
@@ -229,8 +235,7 @@ void store_two(T* p, const Two<V>& x) {
 
 template <class V>
 void store_two(BFloat16* p, const Two<V>& x) {
-  const Words<V> pairs =
-      round_to_bf16<V>(x.first) >> 16 | (round_to_bf16<V>(x.second) & 0xffff0000);
+  const Words<V> pairs = round_to_pairs<V>(x);
   __builtin_memcpy(p, &pairs, sizeof pairs);
 }
 
