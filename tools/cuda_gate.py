@@ -55,6 +55,8 @@ EXPECTED = tuple(
         ("gemm_simt_kernel<float, 2>", ("sm_80", "sm_90a"), ("FFMA", "LDS.128")),
         ("gemm_simt_kernel<double, 2>", ("sm_80", "sm_90a"), ("DFMA", "LDS.128")),
         ("gemm_sm90_kernel<", ("sm_90a",), ("HGMMA", "UTMALDG", "STSM", "UTMASTG")),
+        ("gemm_sm90_f32_kernel<", ("sm_90a",), ("HGMMA", "UTMALDG")),
+        ("split_kernel<", ("sm_80", "sm_90a"), ("STG.E.128",)),
         ("prologue_kernel<", ("sm_80", "sm_90a"), ("LDG.E.128", "STG.E.128")),
     )
     for target in targets

@@ -13,6 +13,7 @@ namespace {
 /// In the order in which they're tried; the last one takes everything.
 constexpr const GemmKernel* kKernels[] = {
     &gemm_sm90,
+    &gemm_sm90_f32,
     &gemm_simt,
 };
 

@@ -21,6 +21,18 @@ struct GemmKernel {
 };
 
 extern const GemmKernel gemm_sm90;
+extern const GemmKernel gemm_sm90_f32;
 extern const GemmKernel gemm_simt;
+
+/// What another kernel couldn't compute: the elements of D that come from blocks of A or B,
+/// kFlagBlock rows (or columns) by as many k, of which one has a flag other than 0.
+inline constexpr int kFlagBlock = 64;
+struct Flags {
+  const std::uint32_t *a = nullptr, *b = nullptr;  // (block of m or n, block of k)
+  std::int64_t blocks_k = 0;
+};
+
+/// gemm_simt's product where there are flags, of a product without prologue and a_sum.
+int run_simt_where(const GemmDesc& desc, const GemmPointers& at, const Flags& flags, Stream stream);
 
 }  // namespace neuron_ext::cuda

@@ -75,7 +75,8 @@ struct Problem {
   GemmDesc desc;
   GemmPointers at;
   Cut cut;
-  void* sums;  // of chunks: d (chunk, m, n), then a_sum (chunk, m); null if there is one chunk
+  void* sums;   // of chunks: d (chunk, m, n), then a_sum (chunk, m); null if there is one chunk
+  Flags flags;  // none: everything is computed
 };
 
 // ---- an operand on its way to shared memory
@@ -129,6 +130,17 @@ NEURON_EXT_DEVICE void finish(const Problem& problem, std::int64_t i, std::int64
 // ---- the product
 // ----------------------------------------------------------------------------------------
 
+/// Whether a tile of kFlagBlock has a flag; asked by all threads of the block.
+NEURON_EXT_DEVICE bool is_flagged(const Flags& flags, std::int64_t i0, std::int64_t j0) {
+  const std::uint32_t* const a = flags.a + i0 / kFlagBlock * flags.blocks_k;
+  const std::uint32_t* const b = flags.b + j0 / kFlagBlock * flags.blocks_k;
+  bool found = false;
+  for (std::int64_t k = threadIdx.x; k < flags.blocks_k; k += kThreads) {
+    found |= a[k] != 0 || b[k] != 0;
+  }
+  return !ptx::block_all(!found);
+}
+
 template <class T, int kGroups>
 __global__ void __launch_bounds__(kThreads)
     gemm_simt_kernel(const __grid_constant__ Problem problem) {
@@ -150,6 +162,9 @@ __global__ void __launch_bounds__(kThreads)
     const std::int64_t i0 = tile % cut.tiles_m * C::kSize, j0 = tile / cut.tiles_m * C::kSize;
     const std::int64_t k_begin = chunk * cut.chunk_k;
     const std::int64_t k_end = k_begin + cut.chunk_k < desc.k ? k_begin + cut.chunk_k : desc.k;
+    if constexpr (C::kSize == kFlagBlock) {
+      if (problem.flags.a != nullptr && !is_flagged(problem.flags, i0, j0)) continue;
+    }
     const bool sums_a = desc.has_a_sum && j0 == 0 && thread < C::kSize;
 
     T a_next[C::kLoads], b_next[C::kLoads], saved_next[C::kLoads];
@@ -311,13 +326,20 @@ std::size_t workspace(const GemmDesc& desc, const Device&) {
 int run(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device&,
         Stream stream) {
   const Cut cut = cut_of(desc);
-  const Problem problem{desc, at, cut, cut.chunks == 1 ? nullptr : workspace};
+  const Problem problem{desc, at, cut, cut.chunks == 1 ? nullptr : workspace, {}};
   return visit_dtype(desc.dtype, [&]<class T>(T*) { return run_as<T>(problem, stream); });
 }
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
 
 }  // namespace
+
+int run_simt_where(const GemmDesc& desc, const GemmPointers& at, const Flags& flags,
+                   Stream stream) {
+  // One chunk: this is too rare for a workspace.
+  const Cut cut{1, divide_up(desc.m, kFlagBlock), divide_up(desc.n, kFlagBlock), desc.k, 1};
+  return run_as<float>({desc, at, cut, nullptr, flags}, stream);
+}
 
 const GemmKernel gemm_simt = {"gemm_simt", kDTypes, 0, 999, accepts, workspace, run};
 

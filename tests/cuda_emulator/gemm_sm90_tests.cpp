@@ -1,7 +1,7 @@
-// Tests of gemm_sm90 on the emulator.
+// Tests of gemm_sm90 and gemm_sm90_f32 on the emulator.
 #include <cmath>
 #include <cstdint>
-#include <vector>
+#include <limits>
 
 #include "gemm_testing.h"
 
@@ -104,21 +104,20 @@ void test_random() {
 
 /// The same bits in any order of threads, for any lateness, with any tiles.
 void test_orders() {
-  const testing::Values values = testing::random_values(3, 400, 400, false);
+  const testing::Values values = testing::random_values(3, 392, 392, false);
   Product::Options options;
   options.bias = true;
   options.epilogue = Activation::kSigmoid;
-  Product product(DType::kBFloat16, 200, 264, 392, options, values, values, values);
+  Product product(DType::kBFloat16, 136, 264, 392, options, values, values, values);
   set_d_stride(product, true);
   settings() = {};
   const Product::Result first = compute(kKernel, product);
   for (const int sm_count : {1, 2, 132}) {
     for (const bool late : {false, true}) {
-      for (const Order order : {Order::kReverse, Order::kShuffled}) {
-        settings() = {.order = order, .late_copies = late, .late_products = !late};
-        CHECK(compute(kKernel, product, {90, sm_count}) == first,
-              sm_count << " multiprocessors, order " << static_cast<int>(order));
-      }
+      settings() = {.order = late ? Order::kReverse : Order::kShuffled,
+                    .late_copies = late,
+                    .late_products = !late};
+      CHECK(compute(kKernel, product, {90, sm_count}) == first, sm_count << " multiprocessors");
     }
   }
 }
@@ -173,6 +172,105 @@ void test_refusals() {
   CHECK(!is_taken([](Desc& d, At&) { d.m = std::int64_t{1} << 31; }), "rows beyond 32 bits");
 }
 
+// ---- f32
+// ------------------------------------------------------------------------------------------------
+
+constexpr const cuda::GemmKernel& kF32Kernel = cuda::gemm_sm90_f32;
+constexpr Precision kPrecisions[] = {Precision::kHighest, Precision::kHigh, Precision::kMedium};
+
+void test_f32_exact_sums() {
+  struct Size {
+    std::int64_t m, n, k;
+  };
+  int turn = 0;
+  for (const auto& [m, n, k] : {Size{1, 1, 1}, Size{129, 127, 65}, Size{64, 140, 64},
+                                Size{130, 70, 200}, Size{5, 260, 330}, Size{63, 65, 63}}) {
+    for (const Precision precision : kPrecisions) {
+      for (int repeat = 0; repeat < 2; ++repeat, ++turn) {
+        change_settings();
+        Product::Options options;
+        options.a = static_cast<Layout>(turn % testing::kLayouts);
+        options.b = static_cast<Layout>(turn / 2 % testing::kLayouts);
+        options.saved = static_cast<Layout>(turn / 3 % testing::kLayouts);
+        options.bias = turn % 3 != 0;
+        options.prologue = turn % 4 == 1;
+        options.a_sum = turn % 2 != 0;
+        Product product(DType::kFloat32, m, n, k, options, testing::integer, testing::integer,
+                        testing::exact_saved);
+        product.desc.precision = precision;
+        check_exact(kF32Kernel, product, compute(kF32Kernel, product, {90, 1 + turn % 3}));
+      }
+    }
+  }
+}
+
+/// What products of parts leave out, and the sums: those of 64 k have as many terms for each
+/// product.
+double f32_error(Precision precision, std::int64_t k) {
+  const int products = precision == Precision::kHighest ? 6 : precision == Precision::kHigh ? 3 : 1;
+  const double parts = precision == Precision::kHighest ? 0x1.02p-23
+                       : precision == Precision::kHigh  ? 0x1.82p-15
+                                                        : 0x1.02p-7;
+  return parts + 0x1p-24 * static_cast<double>(64 * products + k / 64 + 4);
+}
+
+void test_f32_random() {
+  for (const Precision precision : kPrecisions) {
+    for (const bool has_sigmoid : {false, true}) {
+      change_settings();
+      constexpr std::int64_t kM = 70, kN = 136, kK = 300;
+      Product::Options options;
+      options.bias = true;
+      options.epilogue = has_sigmoid ? Activation::kSigmoid : Activation::kIdentity;
+      const testing::Values values = testing::random_values(5, kK, kK, false);
+      Product product(DType::kFloat32, kM, kN, kK, options, values, values, values);
+      product.desc.precision = precision;
+      check_close(kF32Kernel, product, compute(kF32Kernel, product), f32_error(precision, kK));
+    }
+  }
+}
+
+/// Values that don't split, in A and in B, at both ends of the exponents: as exact as all others,
+/// and no other row or column suffers.
+void test_f32_special_values() {
+  constexpr std::int64_t kM = 200, kN = 260, kK = 150;
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const testing::Values values = testing::random_values(5, kN, kN, false);
+  const auto a_values = [&](std::int64_t i, std::int64_t p) {
+    if (i == 3 && p == 70) return kInfinity;
+    if (i == 66 && p == 149) return 1e37;
+    if (i == 67) return 1e-42 * std::round(10 * values(i, p));
+    if (i == 199 && p == 0) return std::nan("");
+    return values(i, p);
+  };
+  const auto b_values = [&](std::int64_t p, std::int64_t j) {
+    if (j == 100 && p == 5) return -kInfinity;
+    if (j == 101) return 1e-33 * values(p, j);
+    return values(p, j);
+  };
+  for (const Precision precision : kPrecisions) {
+    change_settings();
+    Product product(DType::kFloat32, kM, kN, kK, {}, a_values, b_values, values);
+    product.desc.precision = precision;
+    const Product::Result result = compute(kF32Kernel, product);
+    const cpu::ReferenceGemm reference = cpu::reference_gemm(product.desc, product.inputs);
+    for (std::int64_t i = 0; i < kM; ++i) {
+      for (std::int64_t j = 0; j < kN; ++j) {
+        const double exact = reference.d[static_cast<std::size_t>(i * kN + j)];
+        const double magnitude = reference.d_magnitude[static_cast<std::size_t>(i * kN + j)];
+        const double got = product.d(result, i, j);
+        const bool right =
+            std::isnan(exact) ? std::isnan(got)
+            : std::isinf(exact)
+                ? got == exact
+                : std::fabs(got - exact) <= f32_error(precision, kK) * magnitude + kK * 0x1p-149;
+        CHECK(right, name_of(precision)
+                         << " (" << i << ", " << j << "): " << got << ", not " << exact);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -181,5 +279,8 @@ int main() {
   test_prologue_layouts();
   test_random();
   test_orders();
+  test_f32_exact_sums();
+  test_f32_random();
+  test_f32_special_values();
   return failures == 0 ? 0 : 1;
 }
