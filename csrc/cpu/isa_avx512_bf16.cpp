@@ -103,9 +103,11 @@ consteval GemmKernel pairs_kernel() {
   return for_bf16(kernel, functions);
 }
 
-/// What is lost by rounding while packing is gained from 64 k on (Zen 4).
+/// What is lost by rounding while packing is gained from 64 k on (Zen 4); long batches of few
+/// features would pack panels that are mostly empty.
 bool is_medium(const GemmDesc& desc) {
-  return desc.precision == Precision::kMedium && desc.k >= 64 && !is_streamed(desc);
+  return desc.precision == Precision::kMedium && desc.k >= 64 && !is_streamed(desc) &&
+         !is_long(desc);
 }
 
 constexpr GemmKernel kCareful = blocked_kernel<VectorF32, kCarefulMr>("f32", kIsa);
