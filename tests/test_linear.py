@@ -148,9 +148,9 @@ def test_bias_gradient_no_worse_than_torch(rows: int, dtype: torch.dtype, isa: s
     """torch sums columns pairwise, which a running sum doesn't match for more than a few rows."""
     x, (w, b) = (
         normal(rows, 2, dtype=dtype),
-        (normal(500, 2, dtype=dtype), normal(500, dtype=dtype)),
+        (normal(3000, 2, dtype=dtype), normal(3000, dtype=dtype)),
     )
-    dy = normal(rows, 500, dtype=dtype)
+    dy = normal(rows, 3000, dtype=dtype)
     ours, torchs = (with_gradients(f, (x, w, b), dy)[3] for f in (functional.linear, F.linear))
     scale = Approx(wide(dy).sum(0), torch.finfo(dtype).eps * np.abs(wide(dy)).sum(0))
     errors = relative_errors(ours, scale), relative_errors(torchs, scale)
