@@ -45,16 +45,22 @@ class StripProduct {
       const std::int64_t strips = divide_up(desc_.m, rows);
       const std::int64_t threads =
           threads_for(desc_.m, desc_.n, desc_.k, parallel_for.max_threads());
+      // Only where no vector reaches into the rows of another thread.
+      const bool d_in_place =
+          holds_accumulators() && desc_.epilogue == Activation::kIdentity && desc_.n == n_vectors_;
       parallel_for(strips, divide_up(strips, threads), [&](std::int64_t begin, std::int64_t end) {
         const std::int64_t a_size = padded(rows * depth);
         with_buffer<S>(task_buffer, a_size + padded(rows * tile_stride), [&](S* strip) {
           S* const tile = strip + a_size;
           for (std::int64_t i = begin * rows; i < std::min(end * rows, desc_.m); i += rows) {
             const std::int64_t count = std::min(rows, desc_.m - i);
-            const int a_lowest = functions_.stage_rows(a_, i, count, desc_.k, strip);
-            kernel_for(a_lowest + b_lowest)(count, desc_.n, depth, strip, depth, 1, b_rows, desc_.n,
-                                            bias, 0, tile, tile_stride);
-            store(i, count, tile, tile_stride);
+            const Rows<const S> a = rows_of_a(i, count, strip);
+            const Rows<S> d = d_in_place ? Rows<S>{static_cast<S*>(at_.d) + i * desc_.d_stride_m,
+                                                   desc_.d_stride_m}
+                                         : Rows<S>{tile, tile_stride};
+            kernel_for(a.lowest + b_lowest)(count, desc_.n, depth, a.first, a.stride, 1, b_rows,
+                                            desc_.n, bias, 0, d.first, d.stride);
+            if (!d_in_place) store(i, count, tile, tile_stride);
           }
         });
       });
@@ -130,6 +136,33 @@ class StripProduct {
   }
 
  private:
+  /// What multiply_strip reads or writes of an operand, and the lowest exponent in it.
+  template <class Element>
+  struct Rows {
+    Element* first;
+    std::int64_t stride;
+    int lowest = 0;
+  };
+
+  /// Whether arrays hold what strips do, which then are used where they lie.
+  bool holds_accumulators() const {
+    return size_of(desc_.dtype) == static_cast<std::int64_t>(sizeof(S));
+  }
+  Rows<const S> rows_of_a(std::int64_t i, std::int64_t count, S* strip) const {
+    if (holds_accumulators() && a_.prologue == Activation::kIdentity) {
+      return {static_cast<const S*>(a_.base) + i * a_.stride_mn, a_.stride_mn};
+    }
+    return {strip, places(desc_.k), functions_.stage_rows(a_, i, count, desc_.k, strip)};
+  }
+  Rows<const S> rows_of_b(std::int64_t p, std::int64_t count, S* strip) const {
+    // The last vector of a row may reach into the next row, but not past the last one.
+    const std::int64_t reached = (p + count - 1) * b_.stride_k + n_vectors_;
+    if (holds_accumulators() && reached <= (desc_.k - 1) * b_.stride_k + desc_.n) {
+      return {static_cast<const S*>(b_.base) + p * b_.stride_k, b_.stride_k};
+    }
+    return {strip, desc_.n, functions_.stage_columns(b_, 0, desc_.n, p, count, strip)};
+  }
+
   std::int64_t padded(std::int64_t count) const {
     return round_up(count + kernel_.lanes, static_cast<std::int64_t>(kCacheLine / sizeof(S)));
   }
@@ -147,9 +180,9 @@ class StripProduct {
     const std::int64_t depth = places(count);
     const int a_lowest = functions_.stage_columns(a_, 0, desc_.m, p, count, a_strip);
     if (desc_.n > 0) {
-      const int b_lowest = functions_.stage_columns(b_, 0, desc_.n, p, count, b_strip);
-      kernel_for(a_lowest + b_lowest)(desc_.m, desc_.n, depth, a_strip, 1, desc_.m, b_strip,
-                                      desc_.n, tile, n_vectors_, tile, n_vectors_);
+      const Rows<const S> b = rows_of_b(p, count, b_strip);
+      kernel_for(a_lowest + b.lowest)(desc_.m, desc_.n, depth, a_strip, 1, desc_.m, b.first,
+                                      b.stride, tile, n_vectors_, tile, n_vectors_);
     }
     if (desc_.has_a_sum) kernel_.sum_strip(depth, desc_.m, a_strip, a_sums);
   }
