@@ -198,8 +198,7 @@ void store(T* p, Reg<V> x, std::int64_t count) {
   }
 }
 
-// ---- two vectors at once, for what doesn't care about the order of elements
-// ----------------------
+// ---- two vectors at once, for what doesn't care about the order of elements --------------------
 
 template <class V>
 struct Two {

@@ -14,8 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// ---- what is computed
-// -------------------------------------------------------------------------------
+// ---- what is computed --------------------------------------------------------------------------
 
 template <class F>
 struct Forward {
@@ -37,8 +36,7 @@ struct Backward {
   }
 };
 
-// ---- contiguous: 16 bytes at a time
-// -------------------------------------------------------------------
+// ---- contiguous: 16 bytes at a time ------------------------------------------------------------
 
 template <class T, int kInputs>
 struct Contiguous {
@@ -98,8 +96,7 @@ __global__ void __launch_bounds__(kThreads)
   at.out[e] = Operation::compute(elements);
 }
 
-// ---- strided
-// ------------------------------------------------------------------------------------------
+// ---- strided -----------------------------------------------------------------------------------
 
 template <class T, int kInputs>
 struct Strided {
@@ -137,8 +134,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- choice
-// -------------------------------------------------------------------------------------------
+// ---- choice ------------------------------------------------------------------------------------
 
 std::int64_t count_of(const ElementwiseDesc& desc) {
   std::int64_t count = 1;

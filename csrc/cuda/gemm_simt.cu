@@ -79,8 +79,7 @@ struct Problem {
   Flags flags;  // none: everything is computed
 };
 
-// ---- an operand on its way to shared memory
-// -------------------------------------------------------------
+// ---- an operand on its way to shared memory ----------------------------------------------------
 
 /// Elements (mn, k) of a tile, in the order in which memory has them: neighbouring threads take
 /// neighbours along k, or along m or n.
@@ -113,8 +112,7 @@ NEURON_EXT_DEVICE void load_tile(T (&elements)[kLoads], const Place<T, kGroups>&
   }
 }
 
-// ---- a sum on its way to D
-// ---------------------------------------------------------------------------
+// ---- a sum on its way to D ---------------------------------------------------------------------
 
 template <class T>
 NEURON_EXT_DEVICE void finish(const Problem& problem, std::int64_t i, std::int64_t j,
@@ -127,8 +125,7 @@ NEURON_EXT_DEVICE void finish(const Problem& problem, std::int64_t i, std::int64
       ptx::narrow<T>(apply<T>(desc.epilogue, sum));
 }
 
-// ---- the product
-// ----------------------------------------------------------------------------------------
+// ---- the product -------------------------------------------------------------------------------
 
 /// Whether a tile of kFlagBlock has a flag; asked by all threads of the block.
 NEURON_EXT_DEVICE bool is_flagged(const Flags& flags, std::int64_t i0, std::int64_t j0) {
@@ -294,8 +291,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- launch
-// -----------------------------------------------------------------------------------------------
+// ---- launch ------------------------------------------------------------------------------------
 
 dim3 grid_for(std::int64_t blocks) {
   constexpr std::int64_t kLimit = 0x7fffffff;

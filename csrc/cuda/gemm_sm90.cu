@@ -49,8 +49,7 @@ struct Problem {
   bool d_is_tiled;  // the copy engine can store it
 };
 
-// ---- sums on their way to D
-// -------------------------------------------------------------------------------
+// ---- sums on their way to D --------------------------------------------------------------------
 
 /// A warpgroup's sums from `first` on, finished and rounded, as a swizzled box. Conflicts of banks
 /// there are none.
@@ -108,8 +107,7 @@ NEURON_EXT_DEVICE void store_part(const Problem& problem, const ptx::TensorMap& 
   }
 }
 
-// ---- the product
-// ------------------------------------------------------------------------------------------
+// ---- the product -------------------------------------------------------------------------------
 
 template <class T, int kN, Major kMajorA, Major kMajorB>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -200,8 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// ---- launch
-// -----------------------------------------------------------------------------------------------
+// ---- launch ------------------------------------------------------------------------------------
 
 /// What the copy engine takes: contiguous one way, rows that don't overlap, multiples of 16 bytes.
 bool is_tileable(const void* base, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,

@@ -69,8 +69,7 @@ struct Ring {
   }
 };
 
-// ---- operands in shared memory
-// ----------------------------------------------------------------------------
+// ---- operands in shared memory -----------------------------------------------------------------
 
 /// kCount rows (or columns) of an operand, by kK. Along k it is one box; otherwise one for each
 /// span of 64 rows (or columns), one after the other.

@@ -33,8 +33,7 @@ constexpr int kBlock = kFlagBlock;  // rows (or columns) and k that a block spli
 
 std::int64_t padded_k(const GemmDesc& desc) { return divide_up(desc.k, kBlock) * kBlock; }
 
-// ---- planes
-// -----------------------------------------------------------------------------------------------
+// ---- planes ------------------------------------------------------------------------------------
 
 /// Whether x is 0, or its parts and their products with other such numbers' are normal and finite.
 NEURON_EXT_DEVICE bool splits(float x) {
@@ -94,8 +93,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_kernel(const __grid_const
   }
 }
 
-// ---- the product
-// ------------------------------------------------------------------------------------------
+// ---- the product -------------------------------------------------------------------------------
 
 /// As many stages as fit.
 template <int kPlanes>
@@ -221,8 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// ---- launch
-// -----------------------------------------------------------------------------------------------
+// ---- launch ------------------------------------------------------------------------------------
 
 int planes_for(Precision precision) {
   switch (precision) {

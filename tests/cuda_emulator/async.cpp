@@ -18,8 +18,7 @@ std::size_t offset_of(const Block& block, const void* shared, const char* instru
 
 }  // namespace
 
-// ---- cp.async
-// -------------------------------------------------------------------------------------
+// ---- cp.async ----------------------------------------------------------------------------------
 
 namespace {
 
@@ -72,8 +71,7 @@ void copy_async_wait(int pending) {
   }
 }
 
-// ---- mbarrier
-// -------------------------------------------------------------------------------------
+// ---- mbarrier ----------------------------------------------------------------------------------
 
 namespace {
 
@@ -165,8 +163,7 @@ void async_proxy_fence() {
   if (kSeesAccesses) thread.proxy_fence = thread.clock[static_cast<std::size_t>(thread.index)];
 }
 
-// ---- the copy engine
-// ------------------------------------------------------------------------------
+// ---- the copy engine ---------------------------------------------------------------------------
 
 int make_tensor_map(const void* base, int element_bytes, std::int64_t rows, std::int64_t columns,
                     std::int64_t row_bytes, int box_rows, int box_columns, int span,
@@ -344,8 +341,7 @@ void tma_store_wait_read(int pending) {
   }
 }
 
-// ---- wgmma
-// ----------------------------------------------------------------------------------------
+// ---- wgmma -------------------------------------------------------------------------------------
 
 namespace {
 

@@ -27,8 +27,7 @@ using namespace neuron_ext::emulator_tests;
 using testing::failures;
 using testing::report_mutex;
 
-// ---- settings
-// -------------------------------------------------------------------------------------
+// ---- settings ----------------------------------------------------------------------------------
 
 std::vector<Settings> all_settings() {
   std::vector<Settings> all;
@@ -50,8 +49,7 @@ std::string name_of(const Settings& settings) {
   return name;
 }
 
-// ---- operands
-// -------------------------------------------------------------------------------------
+// ---- operands ----------------------------------------------------------------------------------
 
 int integer(int i, int j) { return static_cast<int>(testing::integer(i, j)); }
 
@@ -101,8 +99,7 @@ std::size_t size(int rows, int columns, std::size_t element_bytes) {
   return static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns) * element_bytes;
 }
 
-// ---- kernels: each returns what is wrong, or nothing
-// --------------------------------------------------
+// ---- kernels: each returns what is wrong, or nothing -------------------------------------------
 
 std::string error_of(int status) {
   if (status == 0) return "";
@@ -190,8 +187,7 @@ void test_kernels() {
   }
 }
 
-// ---- instructions
-// -----------------------------------------------------------------------------------
+// ---- instructions ------------------------------------------------------------------------------
 
 void test_warp_products() {
   settings() = {};
@@ -316,8 +312,7 @@ void test_boxes() {
   }
 }
 
-// ---- mistakes
-// ---------------------------------------------------------------------------------------
+// ---- mistakes ----------------------------------------------------------------------------------
 
 struct Planted {
   Mistake mistake;

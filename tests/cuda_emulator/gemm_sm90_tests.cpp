@@ -172,8 +172,7 @@ void test_refusals() {
   CHECK(!is_taken([](Desc& d, At&) { d.m = std::int64_t{1} << 31; }), "rows beyond 32 bits");
 }
 
-// ---- f32
-// ------------------------------------------------------------------------------------------------
+// ---- f32 ---------------------------------------------------------------------------------------
 
 constexpr const cuda::GemmKernel& kF32Kernel = cuda::gemm_sm90_f32;
 constexpr Precision kPrecisions[] = {Precision::kHighest, Precision::kHigh, Precision::kMedium};

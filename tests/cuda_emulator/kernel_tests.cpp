@@ -34,8 +34,7 @@ using testing::report_mutex;
 using testing::spacing;
 using testing::sum_error;
 
-// ---- matrix products
-// ----------------------------------------------------------------------------------
+// ---- matrix products ---------------------------------------------------------------------------
 
 Product::Options options_of(int turn) {
   Product::Options options;
@@ -144,8 +143,7 @@ void test_far_apart(const cuda::GemmKernel& kernel) {
   munmap(d, kBytes);
 }
 
-// ---- elementwise
-// ----------------------------------------------------------------------------------------
+// ---- elementwise -------------------------------------------------------------------------------
 
 /// One array of an elementwise test: `sizes` with these strides, inside what is just large enough.
 struct Array {

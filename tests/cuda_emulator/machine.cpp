@@ -294,8 +294,7 @@ std::uint64_t shuffle_bits(std::uint64_t bits, int source) {
   return argument.received;
 }
 
-// ---- counters that blocks share
-// -------------------------------------------------------------------
+// ---- counters that blocks share ----------------------------------------------------------------
 
 namespace {
 
@@ -333,8 +332,7 @@ void wait_for_at_least(const std::uint32_t* counter, std::uint32_t value) {
   acquire(*machine.current, counter);
 }
 
-// ---- launch
-// ---------------------------------------------------------------------------------------
+// ---- launch ------------------------------------------------------------------------------------
 
 namespace {
 

@@ -47,8 +47,7 @@ std::string agent_name(const Block& block, int agent) {
 
 }  // namespace
 
-// ---- shared memory
-// --------------------------------------------------------------------------------
+// ---- shared memory -----------------------------------------------------------------------------
 
 Block::Block() {
   shared = static_cast<std::byte*>(std::aligned_alloc(1024, kArenaBytes));
@@ -205,8 +204,7 @@ void check_proxy(Block& block, std::size_t offset, std::size_t bytes, const char
   }
 }
 
-// ---- global memory
-// --------------------------------------------------------------------------------
+// ---- global memory -----------------------------------------------------------------------------
 
 namespace {
 
@@ -352,8 +350,7 @@ void GlobalArray::set_written() {
 
 }  // namespace neuron_ext::emulator
 
-// ---- the compiler's calls
-// -------------------------------------------------------------------------
+// ---- the compiler's calls ----------------------------------------------------------------------
 
 #ifdef NEURON_EXT_EMULATOR_SEES_ACCESSES
 

@@ -10,8 +10,7 @@
 
 namespace neuron_ext::emulator {
 
-// ---- numbers
-// --------------------------------------------------------------------------------------
+// ---- numbers -----------------------------------------------------------------------------------
 
 float widen(Float16 x) { return cpu::widen(x); }
 BFloat16 narrow_bf16(float x) { return cpu::narrow<BFloat16>(x); }
@@ -44,8 +43,7 @@ float half(DType dtype, std::uint32_t bits, int h) {
   return element(dtype, static_cast<std::uint16_t>(bits >> 16 * h));
 }
 
-// ---- ldmatrix, stmatrix
-// ---------------------------------------------------------------------------
+// ---- ldmatrix, stmatrix ------------------------------------------------------------------------
 
 struct MatricesArgument {
   const void* row;
@@ -108,8 +106,7 @@ void store_matrices(void* row, int count, const std::uint32_t* registers, bool t
   });
 }
 
-// ---- mma.sync
-// -------------------------------------------------------------------------------------
+// ---- mma.sync ----------------------------------------------------------------------------------
 
 namespace {
 
@@ -222,8 +219,7 @@ void mma_16x8x16(double* d, const double* a, const double* b) {
              });
 }
 
-// ---- wgmma
-// ----------------------------------------------------------------------------------------
+// ---- wgmma -------------------------------------------------------------------------------------
 
 namespace {
 

@@ -20,8 +20,7 @@ unsigned blocks_for(int count, int size) {
   return static_cast<unsigned>((count + size - 1) / size);
 }
 
-// ---- simt
-// -----------------------------------------------------------------------------------------
+// ---- simt --------------------------------------------------------------------------------------
 
 constexpr int kSimtTile = 16, kSimtK = 8;
 
@@ -63,8 +62,7 @@ __global__ void __launch_bounds__(kSimtTile* kSimtTile)
   }
 }
 
-// ---- mma
-// ------------------------------------------------------------------------------------------
+// ---- mma ---------------------------------------------------------------------------------------
 
 constexpr int kMmaTile = 32, kMmaK = 32, kMmaStages = 3;
 constexpr int kMmaPitch = kMmaK + 8;  // rows of 80 bytes: the 8 of a matrix lie in different banks
@@ -167,8 +165,7 @@ __global__ void __launch_bounds__(128)
   }
 }
 
-// ---- wgmma
-// ----------------------------------------------------------------------------------------
+// ---- wgmma -------------------------------------------------------------------------------------
 
 constexpr int kWgmmaTile = 64, kWgmmaK = 64, kWgmmaStages = 3;
 
@@ -340,8 +337,7 @@ __global__ void __launch_bounds__(2 * ptx::kWarpgroup, 1)
 #endif
 }
 
-// ---- sums
-// -----------------------------------------------------------------------------------------
+// ---- sums --------------------------------------------------------------------------------------
 
 __global__ void sum_split_kernel(const float* x, int n, bool first_waits, float* parts,
                                  std::uint32_t* counter, float* y, Mistake mistake) {
@@ -395,8 +391,7 @@ __global__ void sum_warps_kernel(const float* x, float* y, Mistake mistake) {
   if (ptx::block_all(all_agree) && lane == 5) y[warp] = first;
 }
 
-// ---- single instructions
-// --------------------------------------------------------------------------
+// ---- single instructions -----------------------------------------------------------------------
 
 template <class T>
 __device__ std::uint32_t pair_of(double low, double high) {

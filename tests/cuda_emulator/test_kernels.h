@@ -105,8 +105,7 @@ int sum_split(const float* x, int n, int blocks, bool first_waits, float* parts,
 /// y[w] = sum of x[32 w..32 w + 32), for each warp of a block.
 int sum_warps(const float* x, int warps, float* y, Mistake mistake, void* stream);
 
-// ---- single instructions
-// --------------------------------------------------------------------------
+// ---- single instructions -----------------------------------------------------------------------
 
 enum class WarpMma { kBFloat16, kFloat16, kTf32, kFloat64Narrow, kFloat64Wide };
 

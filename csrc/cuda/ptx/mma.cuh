@@ -17,11 +17,10 @@
 
 namespace neuron_ext::cuda::ptx {
 
-// ---- ldmatrix, stmatrix
-// --------------------------------------------------------------------------- 8 x 8 matrices of
-// 16-bit elements. Lane l names the address of row l % 8 of matrix l / 8, aligned to 16 bytes.
-// Register i of lane 4 g + t holds elements (g, 2 t) and (g, 2 t + 1) of matrix i, or, where
-// transposed, (2 t, g) and (2 t + 1, g).
+// ---- ldmatrix, stmatrix ------------------------------------------------------------------------
+// 8 x 8 matrices of 16-bit elements. Lane l names the address of row l % 8 of matrix l / 8, aligned
+// to 16 bytes. Register i of lane 4 g + t holds elements (g, 2 t) and (g, 2 t + 1) of matrix i, or,
+// where transposed, (2 t, g) and (2 t + 1, g).
 
 template <bool kTransposed = false>
 NEURON_EXT_DEVICE void load_matrices(std::uint32_t (&registers)[4], const void* row) {
@@ -82,8 +81,7 @@ NEURON_EXT_DEVICE void store_matrices(void* row, const std::uint32_t (&registers
 #endif
 }
 
-// ---- mma.sync: D += A B
-// ---------------------------------------------------------------------------
+// ---- mma.sync: D += A B ------------------------------------------------------------------------
 
 /// T is BFloat16 or Float16.
 template <class T>

@@ -10,8 +10,7 @@
 
 namespace neuron_ext::cuda::ptx {
 
-// ---- conversions, to nearest, ties to even
-// --------------------------------------------------------
+// ---- conversions, to nearest, ties to even -----------------------------------------------------
 
 NEURON_EXT_DEVICE std::uint32_t bits_of(float x) {
 #ifdef NEURON_EXT_CUDA_EMULATOR
@@ -123,8 +122,8 @@ NEURON_EXT_DEVICE std::uint32_t narrow_tf32(float x) {
 #endif
 }
 
-// ---- arithmetic
-// ----------------------------------------------------------------------------------- Kernels are
+// ---- arithmetic --------------------------------------------------------------------------------
+// Kernels are
 // compiled without contraction, as everything here is: a fused multiply-add is asked for.
 
 NEURON_EXT_DEVICE float fma(float a, float b, float c) {

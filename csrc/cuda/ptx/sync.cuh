@@ -95,8 +95,8 @@ NEURON_EXT_DEVICE bool block_all(bool vote) {
 #endif
 }
 
-// ---- setmaxnreg: registers move from producer to consumer warpgroups
-// ------------------------------ All warps of a warpgroup execute it; the kernel has
+// ---- setmaxnreg: registers move from producer to consumer warpgroups ---------------------------
+// All warps of a warpgroup execute it; the kernel has
 // __launch_bounds__(threads, 1), and each role is one branch of a single if/else. kRegisters: 24 to
 // 256 in steps of 8.
 
