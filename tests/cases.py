@@ -274,8 +274,8 @@ def assert_within(actual: Tensor, expected: Approx, what: str) -> None:
 
 
 def assert_no_worse(ours: Array, torchs: Array, what: str, unit: float) -> None:
-    """Errors in the same units, a few thousand of each; `unit` is two roundings in them. The largest
-    scatters by half, on both sides, the mean by a tenth."""
+    """Errors in the same units, a few thousand of each; `unit` is two roundings in them. The
+    largest scatters by half, on both sides, the mean by a tenth."""
     assert ours.max() <= 2 * torchs.max() + unit, (
         f"{what}: largest error {ours.max():.3g}, torch's {torchs.max():.3g}"
     )
