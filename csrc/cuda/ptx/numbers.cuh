@@ -123,8 +123,8 @@ NEURON_EXT_DEVICE std::uint32_t narrow_tf32(float x) {
 }
 
 // ---- arithmetic --------------------------------------------------------------------------------
-// Kernels are
-// compiled without contraction, as everything here is: a fused multiply-add is asked for.
+// Kernels are compiled without contraction, as everything here is: a fused multiply-add is asked
+// for.
 
 NEURON_EXT_DEVICE float fma(float a, float b, float c) {
 #ifdef NEURON_EXT_CUDA_EMULATOR
