@@ -139,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}, load {description['load_average']}"
     )
     print("\nmeasuring what this machine can do at most ...", flush=True)
-    limits = [ceilings.measure_gpu()] if on_gpu else [ceilings.measure(n) for n in threads]
+    rounds = 1 if options.quick else 3
+    limits = [ceilings.measure_gpu()] if on_gpu else [ceilings.measure(n, rounds) for n in threads]
     print(report.ceilings_table(limits))
 
     compiled = not options.quick if options.compile is None else options.compile

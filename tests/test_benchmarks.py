@@ -54,6 +54,22 @@ def test_a_wrong_answer_is_not_timed() -> None:
     assert "DISAGREES" in report.row(line)
 
 
+def test_sums_that_overflow_on_both_sides_agree() -> None:
+    def build(dtype: torch.dtype) -> Problem:
+        value = torch.tensor([1.0, math.inf, -math.inf, math.nan], dtype=dtype)
+        return Problem(lambda: value + 0, lambda: value, lambda f: f)
+
+    line = measure.run(
+        Case("overflow/4/forward", build, ceilings.Work()),
+        torch.float16,
+        NO_CEILINGS,
+        BRIEFLY,
+        compiled=False,
+    )
+    assert not line.disagrees
+    assert line.times
+
+
 def test_what_cannot_run_says_why() -> None:
     def build(dtype: torch.dtype) -> Problem:
         raise RuntimeError("no such thing\nand more of it")
