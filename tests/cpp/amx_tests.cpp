@@ -217,16 +217,7 @@ void test_exact_sums() {
     int turn = 0;
     const auto check = [&](std::int64_t m, std::int64_t n, std::int64_t k, const Values& a,
                            const Values& b) {
-      Product::Options options;
-      options.a = static_cast<Layout>(turn % kLayouts);
-      options.b = static_cast<Layout>(turn / 2 % kLayouts);
-      options.saved = static_cast<Layout>(turn / 3 % kLayouts);
-      options.bias = turn % 3 != 0;
-      options.bias_is_scalar = turn % 9 == 1;
-      options.prologue = turn % 4 == 1;
-      options.a_sum = turn % 5 < 2;
-      ++turn;
-      const Product product(row.dtype, m, n, k, options, a, b, exact_saved);
+      const Product product(row.dtype, m, n, k, Product::Options::of(turn++), a, b, exact_saved);
       const Product::Result expected =
           product.expected(reference_gemm(product.desc, product.inputs));
       CHECK(product.compute(*row.kernel, serial()) == expected, describe(row, product));

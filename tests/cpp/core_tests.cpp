@@ -32,29 +32,11 @@ using namespace neuron_ext::testing;
 
 // ---- gemm ---------------------------------------------------------------------------------------
 
-/// Compares every ISA's result with the exact one, bit for bit.
-void check_exact(const Product& product) {
-  const Product::Result expected = product.expected(reference_gemm(product.desc, product.inputs));
-  for (Isa isa : supported_isas()) {
-    set_active_isa(isa);
-    CHECK(product.compute(serial()) == expected, product.name());
-    CHECK(product.compute(on_threads<3>()) == expected, product.name() << ", 3 threads");
-  }
-}
-
 void test_exact_sums() {
   int turn = 0;
   const auto check = [&](DType dtype, std::int64_t m, std::int64_t n, std::int64_t k) {
-    Product::Options options;
-    options.a = static_cast<Layout>(turn % kLayouts);
-    options.b = static_cast<Layout>(turn / 2 % kLayouts);
-    options.saved = static_cast<Layout>(turn / 3 % kLayouts);
-    options.bias = turn % 3 != 0;
-    options.bias_is_scalar = turn % 9 == 1;
-    options.prologue = turn % 4 == 1;
-    options.a_sum = turn % 5 < 2;
-    ++turn;
-    check_exact(Product(dtype, m, n, k, options, integer, integer, exact_saved));
+    check_exact(
+        Product(dtype, m, n, k, Product::Options::of(turn++), integer, integer, exact_saved));
   };
   for (DType dtype : kDTypes) {
     // Every remainder of the register tiles.

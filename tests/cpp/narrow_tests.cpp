@@ -34,16 +34,6 @@ Product layer_product(char which, DType dtype, std::int64_t batch, std::int64_t 
   return product;
 }
 
-/// Compares every ISA's result, on one thread and on several, with the exact one, bit for bit.
-void check_exact(const Product& product) {
-  const Product::Result expected = product.expected(reference_gemm(product.desc, product.inputs));
-  for (Isa isa : supported_isas()) {
-    set_active_isa(isa);
-    CHECK(product.compute(serial()) == expected, product.name());
-    CHECK(product.compute(on_threads<3>()) == expected, product.name() << ", 3 threads");
-  }
-}
-
 void test_few_features_are_exact() {
   for (DType dtype : kDTypes) {
     for (char which : {'f', 'd', 'w'}) {

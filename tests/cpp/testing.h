@@ -122,6 +122,19 @@ struct Product {
     Layout a = Layout::kRows, b = Layout::kColumns, saved = Layout::kRows;
     bool bias = false, bias_is_scalar = false, prologue = false, a_sum = false;
     Activation epilogue = Activation::kIdentity;
+
+    /// All layouts and all parts of a product, and most pairs of them, as turns go by.
+    static Options of(int turn) {
+      Options options;
+      options.a = static_cast<Layout>(turn % kLayouts);
+      options.b = static_cast<Layout>(turn / 2 % kLayouts);
+      options.saved = static_cast<Layout>(turn / 3 % kLayouts);
+      options.bias = turn % 3 != 0;
+      options.bias_is_scalar = turn % 9 == 1;
+      options.prologue = turn % 4 == 1;
+      options.a_sum = turn % 5 < 2;
+      return options;
+    }
   };
   struct Result {
     std::vector<std::byte> d, a_sum;
@@ -209,6 +222,16 @@ struct Product {
   GemmPointers inputs;
   View a, b, saved, bias;
 };
+
+/// Compares every ISA's result, on one thread and on several, with the exact one, bit for bit.
+inline void check_exact(const Product& product) {
+  const Product::Result expected = product.expected(reference_gemm(product.desc, product.inputs));
+  for (Isa isa : supported_isas()) {
+    set_active_isa(isa);
+    CHECK(product.compute(serial()) == expected, product.name());
+    CHECK(product.compute(on_threads<3>()) == expected, product.name() << ", 3 threads");
+  }
+}
 
 inline double spacing(DType dtype, double value) {
   const int bits[] = {24, 53, 8, 11}, lowest[] = {-149, -1074, -133, -24};
