@@ -78,6 +78,28 @@ inline const void* offset(const void* base, DType dtype, std::int64_t index) {
   return static_cast<const std::byte*>(base) + index * size_of(dtype);
 }
 
+/// D's only store, of finished sums: `rows` rows from i on of `columns` columns from j on. `bias`
+/// is that of these columns, or null.
+template <class S>
+void store_sums(const GemmFunctions& functions, const GemmDesc& desc, const GemmPointers& at,
+                std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns,
+                const S* tile, std::int64_t tile_stride, const S* bias = nullptr) {
+  void* const d = offset(at.d, desc.dtype, i * desc.d_stride_m + j);
+  // Rows that follow each other are one.
+  if (bias == nullptr && columns == tile_stride && columns == desc.d_stride_m &&
+      (!desc.has_epilogue_gradient() || columns == desc.d_saved_stride_m)) {
+    columns *= rows;
+    rows = 1;
+  }
+  if (desc.has_epilogue_gradient()) {
+    functions.gradient_epilogue(desc.epilogue_gradient, rows, columns, tile, tile_stride,
+                                offset(at.d_saved, desc.dtype, i * desc.d_saved_stride_m + j),
+                                desc.d_saved_stride_m, d, desc.d_stride_m);
+  } else {
+    functions.epilogue(desc.epilogue, rows, columns, tile, tile_stride, bias, d, desc.d_stride_m);
+  }
+}
+
 /// What is left of the sums after the last block of k: bias, activation, and D's only store, for
 /// the columns of D from j on. `bias` is room for the bias of these columns.
 template <class S>
@@ -94,10 +116,8 @@ class Epilogue {
 
   void store(std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns, const S* tile,
              std::int64_t tile_stride) const {
-    kernel_.of(desc_.dtype)
-        .epilogue(desc_.epilogue, rows, columns, tile, tile_stride,
-                  bias_ == nullptr ? nullptr : bias_ + (j - j_),
-                  offset(at_.d, desc_.dtype, i * desc_.d_stride_m + j), desc_.d_stride_m);
+    store_sums(kernel_.of(desc_.dtype), desc_, at_, i, rows, j, columns, tile, tile_stride,
+               bias_ == nullptr ? nullptr : bias_ + (j - j_));
   }
 
  private:

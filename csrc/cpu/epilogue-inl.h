@@ -59,6 +59,28 @@ void epilogue(Activation activation, std::int64_t rows, std::int64_t columns, co
   });
 }
 
+/// d[i][j] = T(tile[i][j] times the activation's gradient at saved[i][j]) for i < rows, j <
+/// columns. A tile's row is readable up to a whole vector.
+template <class V, class T>
+void gradient_epilogue(Activation activation, std::int64_t rows, std::int64_t columns,
+                       const void* tile, std::int64_t tile_stride, const void* saved,
+                       std::int64_t saved_stride, void* d, std::int64_t d_stride) {
+  const auto* const sums = static_cast<const Scalar<V>*>(tile);
+  const T* const saved_rows = static_cast<const T*>(saved);
+  T* const d_rows = static_cast<T*>(d);
+  visit_activation(activation, [&]<class F>(F) {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      for (std::int64_t j = 0; j < columns; j += V::kLanes) {
+        const std::int64_t count = columns - j < V::kLanes ? columns - j : V::kLanes;
+        store<V>(d_rows + i * d_stride + j,
+                 F::template gradient<V>(load<V>(sums + i * tile_stride + j),
+                                         load<V>(saved_rows + i * saved_stride + j, 1, count)),
+                 count);
+      }
+    }
+  });
+}
+
 /// bias in the accumulator type and contiguous, as the epilogue reads it.
 template <class V, class T>
 void widen_bias(const void* bias, std::int64_t stride, std::int64_t n, void* row) {

@@ -3,6 +3,7 @@
 // files, which kernels there are is in registry.cpp, and how a product is cut is in blocking.cpp.
 #include <algorithm>
 #include <cstddef>
+#include <stdexcept>
 
 #include "blocking.h"
 #include "driver.h"
@@ -382,6 +383,9 @@ void pack_b(const Packing& packing, const GemmDesc& desc, const void* b, void* p
 }
 
 void gemm(const GemmDesc& desc, const GemmPointers& at, const ParallelFor& parallel_for) {
+  if (!desc.is_valid()) {
+    throw std::invalid_argument("a product with an epilogue gradient has no bias and no epilogue");
+  }
   if (desc.m == 0 || (desc.n == 0 && !desc.has_a_sum)) return;
   const GemmKernel& kernel =
       at.packed_b == nullptr ? choose_gemm(desc) : note_choice(kernel_of(at.packed_b));

@@ -31,6 +31,7 @@ consteval GemmFunctions blocked_functions() {
           .stage_columns = nullptr,
           .widen_bias = widen_bias<V, T>,
           .epilogue = epilogue<V, T>,
+          .gradient_epilogue = gradient_epilogue<V, T>,
           .narrow_row = narrow_row<V, T>};
 }
 
@@ -44,6 +45,7 @@ consteval GemmFunctions narrow_functions() {
           .stage_columns = nullptr,
           .widen_bias = widen_bias<V, T>,
           .epilogue = epilogue<V, T>,
+          .gradient_epilogue = gradient_epilogue<V, T>,
           .narrow_row = narrow_row<V, T>};
 }
 
@@ -57,6 +59,7 @@ consteval GemmFunctions strip_functions() {
           .stage_columns = stage_columns<V, T>,
           .widen_bias = widen_bias<V, T>,
           .epilogue = epilogue<V, T>,
+          .gradient_epilogue = gradient_epilogue<V, T>,
           .narrow_row = narrow_row<V, T>};
 }
 

@@ -59,11 +59,7 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
                 transposed[i * few_count + j] = desc.has_bias ? column[i] + bias[j] : column[i];
               }
             }
-            // Rows of D that follow each other are stored as one.
-            const std::int64_t together = desc.d_stride_m == few_count ? count : 1;
-            functions.epilogue(desc.epilogue, count / together, together * few_count, transposed,
-                               few_count, nullptr,
-                               offset(at.d, desc.dtype, first * desc.d_stride_m), desc.d_stride_m);
+            store_sums(functions, desc, at, first, count, 0, few_count, transposed, few_count);
           } else {
             Epilogue<S>(kernel, desc, at, first, count, bias)
                 .store(0, few_count, first, count, tile, kernel.nr);

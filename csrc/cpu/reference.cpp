@@ -53,7 +53,13 @@ ReferenceGemm reference_gemm(const GemmDesc& desc, const GemmPointers& at) {
         sum += term;
         magnitude += std::fabs(term);
       }
-      result.d.push_back(static_cast<double>(activate(desc.epilogue, sum + bias)));
+      const auto finish = [&](Wide x) {
+        if (!desc.has_epilogue_gradient()) return activate(desc.epilogue, x);
+        return activate_backward(
+            desc.epilogue_gradient, x,
+            reference_load(desc.dtype, at.d_saved, i * desc.d_saved_stride_m + j));
+      };
+      result.d.push_back(static_cast<double>(finish(sum + bias)));
       result.d_magnitude.push_back(static_cast<double>(magnitude));
     }
     if (desc.has_a_sum) {

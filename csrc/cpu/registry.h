@@ -42,6 +42,9 @@ struct GemmFunctions {
   void (*widen_bias)(const void* bias, std::int64_t stride, std::int64_t n, void* row);
   void (*epilogue)(Activation activation, std::int64_t rows, std::int64_t columns, const void* tile,
                    std::int64_t tile_stride, const void* bias, void* d, std::int64_t d_stride);
+  void (*gradient_epilogue)(Activation activation, std::int64_t rows, std::int64_t columns,
+                            const void* tile, std::int64_t tile_stride, const void* saved,
+                            std::int64_t saved_stride, void* d, std::int64_t d_stride);
   void (*narrow_row)(std::int64_t n, const void* row, void* out);
 };
 

@@ -51,6 +51,8 @@ Status gemm(const GemmDesc& desc, const GemmPointers& at, void* workspace, const
             Stream stream) {
   if (is_empty(desc)) return {};
   const GemmKernel& kernel = choose(desc, at, device);
+  constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+  if (!desc.is_valid()) return {kInvalidValue, kernel.name};
   last_kernel() = kernel.name;
   if (log_is_on()) log_choice(kernel.name, desc);
   return {kernel.run(desc, at, workspace, device, stream), kernel.name};

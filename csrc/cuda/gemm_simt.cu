@@ -121,8 +121,13 @@ NEURON_EXT_DEVICE void finish(const Problem& problem, std::int64_t i, std::int64
   if (desc.has_bias) {
     sum += ptx::widen(static_cast<const T*>(problem.at.bias)[j * desc.bias_stride]);
   }
-  static_cast<T*>(problem.at.d)[i * desc.d_stride_m + j] =
-      ptx::narrow<T>(apply<T>(desc.epilogue, sum));
+  if (desc.has_epilogue_gradient()) {
+    const T* const saved = static_cast<const T*>(problem.at.d_saved);
+    sum = gradient(desc.epilogue_gradient, sum, ptx::widen(saved[i * desc.d_saved_stride_m + j]));
+  } else {
+    sum = apply<T>(desc.epilogue, sum);
+  }
+  static_cast<T*>(problem.at.d)[i * desc.d_stride_m + j] = ptx::narrow<T>(sum);
 }
 
 // ---- the product -------------------------------------------------------------------------------

@@ -257,7 +257,8 @@ bool accepts(const GemmDesc& desc, const GemmPointers& at, const Device&) {
   const bool takes_a = desc.prologue == Activation::kIdentity
                            ? a.is_along_k() || a.is_across_k()
                            : std::max(desc.m, desc.k) <= kLargest;
-  return desc.n > 0 && desc.k > 0 && takes_a && (b.is_along_k() || b.is_across_k());
+  return !desc.has_epilogue_gradient() && desc.n > 0 && desc.k > 0 && takes_a &&
+         (b.is_along_k() || b.is_across_k());
 }
 
 std::size_t workspace(const GemmDesc& desc, const Device&) { return prologue_workspace(desc); }

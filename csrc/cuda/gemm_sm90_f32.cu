@@ -205,13 +205,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int lane = ptx::lane_id(), g = lane / 4, t = lane % 4;
       const std::int64_t i0 = place.i + consumer * kRows + thread / ptx::kWarp * 16 + g;
       float* const d = static_cast<float*>(problem.at.d);
+      const float* const saved = static_cast<const float*>(problem.at.d_saved);
 #pragma unroll
       for (int e = 0; e < kN / 2; ++e) {
         const int column = e / 4 * 8 + 2 * t + e % 2;
         const std::int64_t i = i0 + e / 2 % 2 * 8, j = place.j + column;
         const float sum = totals[e] + shared.bias[consumer][column];
         if (i < desc.m && j < desc.n) {
-          d[i * desc.d_stride_m + j] = apply<float>(desc.epilogue, sum);
+          d[i * desc.d_stride_m + j] =
+              desc.has_epilogue_gradient()
+                  ? gradient(desc.epilogue_gradient, sum, saved[i * desc.d_saved_stride_m + j])
+                  : apply<float>(desc.epilogue, sum);
         }
       }
     }

@@ -65,6 +65,13 @@ struct Product {
     at.d = d;
   }
 
+  /// D times the sigmoid's gradient where its output is x, whose columns are contiguous.
+  void set_epilogue_gradient(const RowsView& x) {
+    desc.epilogue_gradient = Activation::kSigmoid;
+    desc.d_saved_stride_m = x.row_stride;
+    at.d_saved = x.data;
+  }
+
   /// For a product whose rows are those of a batch.
   void set_whole_batch() { desc.whole_m = batch_invariant() ? GemmDesc::kAnyBatch : desc.m; }
 
@@ -122,12 +129,14 @@ void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::
   product.run(dtype_of(weight), weight.device());
 }
 
-void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, void* dx) {
+void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, void* dx,
+           const OptionalRows& x) {
   Product product;
   product.set_a(dy, y);
   product.set_whole_batch();
   product.set_b_and_d(weight.const_data_ptr(), weight.size(1), weight.stride(0), weight.stride(1),
                       dx);
+  if (x.has_value()) product.set_epilogue_gradient(*x);
   product.run(dtype_of(weight), weight.device());
 }
 

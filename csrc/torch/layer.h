@@ -35,8 +35,10 @@ inline std::int64_t bias_stride(const at::Tensor& bias) {
 void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::Tensor& bias,
            void* y, bool is_constant);
 
-/// dx = dz W, dx contiguous; dz = dy y (1 - y) where there is a y, else dy.
-void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, void* dx);
+/// dx = dz W, contiguous; dz = dy y (1 - y) where there is a y, else dy. With x, the layer's input
+/// and a sigmoid's output, of contiguous columns, what is left behind that sigmoid: dx x (1 - x).
+void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, void* dx,
+           const OptionalRows& x = std::nullopt);
 
 /// dw = dzᵀ x and db = Σ dz, contiguous; either may be null. Only dw takes x.
 void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, void* dw, void* db,

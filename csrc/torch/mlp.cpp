@@ -325,7 +325,7 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
     return call.hidden_features[layer - 1].expect_int();
   };
 
-  // Gradients of the hidden layers' outputs, in two buffers that take turns.
+  // dz of the hidden layers, each the result of the product before, in two buffers that take turns.
   std::int64_t widest = 0;
   for (size_t i = 1; i < depth; ++i) widest = std::max(widest, in_features(i));
   const std::int64_t bytes = rows * widest * size;
@@ -354,10 +354,10 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
       grads[0] = empty_rows(call.grad_output, weight.size(1));
       dgrad(dy, y, weight, grads[0].mutable_data_ptr());
     } else {
-      void* const dh = buffers.data() + (i % 2) * bytes;
-      dgrad(dy, y, weight, dh);
-      dy = rows_at(dh, rows, in_features(i));
-      y = x;
+      void* const dz = buffers.data() + (i % 2) * bytes;
+      dgrad(dy, y, weight, dz, x);
+      dy = rows_at(dz, rows, in_features(i));
+      y.reset();
     }
   }
   std::vector<Tensor> wanted;

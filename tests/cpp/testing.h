@@ -121,6 +121,8 @@ struct Product {
   struct Options {
     Layout a = Layout::kRows, b = Layout::kColumns, saved = Layout::kRows;
     bool bias = false, bias_is_scalar = false, prologue = false, a_sum = false;
+    bool epilogue_gradient = false;
+    Layout d_saved = Layout::kRows;  // of contiguous columns
     Activation epilogue = Activation::kIdentity;
 
     /// All layouts and all parts of a product, and most pairs of them, as turns go by.
@@ -146,6 +148,7 @@ struct Product {
       : a(dtype, options.a, m, k, a_values),
         b(dtype, options.b, k, n, b_values),
         saved(dtype, options.saved, m, options.prologue ? k : 0, saved_values),
+        d_saved(dtype, options.d_saved, options.epilogue_gradient ? m : 0, n, saved_values),
         bias(dtype, Layout::kGaps, options.bias ? 1 : 0, n, b_values) {
     desc.m = m, desc.n = n, desc.k = k, desc.dtype = dtype;
     desc.a_stride_m = a.stride_row, desc.a_stride_k = a.stride_column;
@@ -154,10 +157,14 @@ struct Product {
     desc.has_bias = options.bias;
     desc.bias_stride = options.bias_is_scalar ? 0 : bias.stride_column;
     desc.epilogue = options.epilogue;
+    desc.epilogue_gradient =
+        options.epilogue_gradient ? Activation::kSigmoid : Activation::kIdentity;
+    desc.d_saved_stride_m = d_saved.stride_row;
     desc.prologue = options.prologue ? Activation::kSigmoid : Activation::kIdentity;
     desc.saved_stride_m = saved.stride_row, desc.saved_stride_k = saved.stride_column;
     desc.has_a_sum = options.a_sum;
     inputs.a = a.base, inputs.b = b.base, inputs.saved = saved.base, inputs.bias = bias.base;
+    inputs.d_saved = d_saved.base;
   }
 
   static constexpr std::int64_t kGuard = 40;  // poisoned elements around each output
@@ -214,13 +221,14 @@ struct Product {
          << desc.a_stride_k << ") B (" << desc.b_stride_k << ", " << desc.b_stride_n << ") saved ("
          << desc.saved_stride_m << ", " << desc.saved_stride_k << ") bias " << desc.has_bias
          << " prologue " << name_of(desc.prologue) << " epilogue " << name_of(desc.epilogue)
-         << " a_sum " << desc.has_a_sum;
+         << " gradient " << name_of(desc.epilogue_gradient) << " (" << desc.d_saved_stride_m
+         << ", 1) a_sum " << desc.has_a_sum;
     return text.str();
   }
 
   GemmDesc desc;
   GemmPointers inputs;
-  View a, b, saved, bias;
+  View a, b, saved, d_saved, bias;
 };
 
 /// Compares every ISA's result, on one thread and on several, with the exact one, bit for bit.

@@ -191,7 +191,9 @@ void test_f32_exact_sums() {
         options.a = static_cast<Layout>(turn % testing::kLayouts);
         options.b = static_cast<Layout>(turn / 2 % testing::kLayouts);
         options.saved = static_cast<Layout>(turn / 3 % testing::kLayouts);
-        options.bias = turn % 3 != 0;
+        options.epilogue_gradient = turn % 5 == 2;
+        options.d_saved = turn % 2 == 0 ? Layout::kRows : Layout::kNegative;
+        options.bias = turn % 3 != 0 && !options.epilogue_gradient;
         options.prologue = turn % 4 == 1;
         options.a_sum = turn % 2 != 0;
         Product product(DType::kFloat32, m, n, k, options, testing::integer, testing::integer,

@@ -42,6 +42,7 @@ inline Product::Result compute(const cuda::GemmKernel& kernel, const Product& pr
   const std::int64_t size = size_of(desc.dtype);
   const auto a = on_device(product.a.storage, "A"), b = on_device(product.b.storage, "B");
   const auto saved = on_device(product.saved.storage, "saved");
+  const auto d_saved = on_device(product.d_saved.storage, "d_saved");
   const auto bias = on_device(product.bias.storage, "bias");
   const auto moved = [](const void* address, const std::vector<std::byte>& from,
                         const emulator::GlobalArray& to) -> const void* {
@@ -61,6 +62,7 @@ inline Product::Result compute(const cuda::GemmKernel& kernel, const Product& pr
                         d.data() + bytes(Product::kGuard),
                         moved(product.inputs.bias, product.bias.storage, *bias),
                         moved(product.inputs.saved, product.saved.storage, *saved),
+                        moved(product.inputs.d_saved, product.d_saved.storage, *d_saved),
                         a_sum.data() + bytes(Product::kGuard)};
   const int error = kernel.run(desc, at, workspace.data(), device, nullptr);
   CHECK(error == 0, kernel.name << ' ' << product.name() << ": " << emulator::last_error());

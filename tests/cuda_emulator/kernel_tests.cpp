@@ -79,6 +79,27 @@ void test_exact_sums(const cuda::GemmKernel& kernel) {
   }
 }
 
+/// Products that are multiplied by a gradient on their way out, in one chunk of k and in several.
+void test_epilogue_gradient(const cuda::GemmKernel& kernel) {
+  int turn = 0;
+  for (const DType dtype : kDTypes) {
+    for (const auto& [m, n, k] : sizes()) {
+      change_settings();
+      Product::Options options = options_of(++turn);
+      options.bias = false;
+      options.epilogue_gradient = true;
+      options.d_saved = turn % 2 == 0 ? Layout::kRows : Layout::kNegative;
+      const Product product(dtype, m, n, k, options, integer, integer, testing::exact_saved);
+      check_exact(kernel, product, compute(kernel, product));
+    }
+  }
+  GemmDesc desc;
+  desc.m = desc.n = 1;
+  desc.has_bias = true;
+  desc.epilogue_gradient = Activation::kSigmoid;
+  CHECK(!cuda::gemm(desc, {}, nullptr, kDevice, nullptr).ok(), "a bias and a gradient");
+}
+
 void test_random(const cuda::GemmKernel& kernel) {
   for (const DType dtype : kDTypes) {
     for (const auto& [m, n, k] : {Size{70, 66, 200}, Size{5, 9, 1500}}) {
@@ -313,6 +334,7 @@ int main() {
   test_elementwise_layouts();
   test_elementwise_values();
   test_exact_sums(cuda::gemm_simt);
+  test_epilogue_gradient(cuda::gemm_simt);
   test_random(cuda::gemm_simt);
   test_orders(cuda::gemm_simt);
   test_far_apart(cuda::gemm_simt);

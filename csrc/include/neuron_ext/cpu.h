@@ -49,7 +49,8 @@ std::vector<KernelInfo> kernels();  // in the order in which they're tried; see 
 
 struct GemmKernel;  // a row of the table
 
-/// See GemmDesc. Bitwise the same result for any ParallelFor.
+/// See GemmDesc. Bitwise the same result for any ParallelFor. Throws std::invalid_argument unless
+/// desc.is_valid().
 void gemm(const GemmDesc& desc, const GemmPointers& at, const ParallelFor& parallel_for);
 
 /// B in the form in which a kernel reads it, for a B that many products share.

@@ -60,7 +60,8 @@ std::vector<KernelInfo> kernels();  // in the order in which they're tried; see 
 /// content needs no preparation, and it may be reused as soon as the stream has come past the call.
 std::size_t gemm_workspace(const GemmDesc& desc, const GemmPointers& at, const Device& device);
 
-/// See GemmDesc. `workspace` is aligned to 256 bytes; null where gemm_workspace() is 0.
+/// See GemmDesc; unless desc.is_valid(), the error is cudaErrorInvalidValue. `workspace` is aligned
+/// to 256 bytes; null where gemm_workspace() is 0.
 Status gemm(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device& device,
             Stream stream);
 

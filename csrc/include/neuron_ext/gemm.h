@@ -13,12 +13,15 @@ namespace neuron_ext {
 /// A'[i, p] = A[i, p], or, with a prologue, A[i, p] times the prologue activation's gradient at
 /// saved[i, p] (for the sigmoid: dz = dy y (1 - y), with A = dy and saved = y).
 ///
+/// With an epilogue gradient, D[i, j] is the sum times that activation's gradient at d_saved[i, j]:
+/// in a stack of layers dgrad then gives the dz of the layer before, whose output d_saved is.
+///
 /// The three products of a layer y = act(x Wᵀ + b), x (batch, in), W (out, in):
 ///
 ///   | product | m     | n   | k     | A        | B            | extra                       |
 ///   |---------|-------|-----|-------|----------|--------------|-----------------------------|
 ///   | fprop   | batch | out | in    | x        | Wᵀ           | bias, epilogue              |
-///   | dgrad   | batch | in  | out   | dy (→dz) | W            | prologue                    |
+///   | dgrad   | batch | in  | out   | dy (→dz) | W            | prologue, epilogue gradient |
 ///   | wgrad   | out   | in  | batch | dyᵀ(→dzᵀ)| x            | prologue, a_sum = db        |
 ///
 /// Strides are in elements, may be zero or negative, and describe views: operands are never copied
@@ -37,6 +40,10 @@ struct GemmDesc {
   std::int64_t bias_stride = 1;  // 0: one value for all columns
   Activation epilogue = Activation::kIdentity;
 
+  // One whose gradient needs its output. With it there is neither a bias nor another epilogue.
+  Activation epilogue_gradient = Activation::kIdentity;
+  std::int64_t d_saved_stride_m = 0;  // rows of d_saved; its columns are contiguous
+
   Activation prologue = Activation::kIdentity;  // one whose gradient needs its output
   std::int64_t saved_stride_m = 0, saved_stride_k = 1;
 
@@ -48,6 +55,14 @@ struct GemmDesc {
   std::int64_t whole_m = 0;
   static constexpr std::int64_t kAnyBatch = std::int64_t{1} << 40;
   constexpr std::int64_t deciding_m() const { return whole_m == 0 ? m : whole_m; }
+
+  constexpr bool has_epilogue_gradient() const {
+    return epilogue_gradient != Activation::kIdentity;
+  }
+  /// Whether what is asked of the epilogue goes together.
+  constexpr bool is_valid() const {
+    return !has_epilogue_gradient() || (!has_bias && epilogue == Activation::kIdentity);
+  }
 };
 
 /// The addresses that go with a GemmDesc; those it doesn't ask for may be null. D and a_sum overlap
@@ -58,6 +73,7 @@ struct GemmPointers {
   void* d = nullptr;
   const void* bias = nullptr;
   const void* saved = nullptr;
+  const void* d_saved = nullptr;
   void* a_sum = nullptr;
   // What cpu::pack_b made of B, of the same n, k and dtype: then its kernel runs, and b is read
   // only for values that the kernel leaves to another (none, if b has none that are special).

@@ -29,6 +29,7 @@ inline void log_choice(const char* kernel, const GemmDesc& desc, std::string_vie
        << ") B (" << desc.b_stride_k << ", " << desc.b_stride_n << ") D (" << desc.d_stride_m
        << ", 1)" << (desc.has_bias ? ", bias" : "") << ", prologue " << name_of(desc.prologue)
        << ", epilogue " << name_of(desc.epilogue)
+       << (desc.has_epilogue_gradient() ? ", epilogue gradient" : "")
        << (desc.dtype == DType::kFloat32 ? std::string(", ") + name_of(desc.precision) : "")
        << (desc.has_a_sum ? ", a_sum" : "") << plan << '\n';
   const std::string line = text.str();
