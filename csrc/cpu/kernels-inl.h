@@ -25,10 +25,6 @@ template <class V, class T, int kMr, int kNr>
 consteval GemmFunctions blocked_functions() {
   return {.pack_a = pack_panel<V, T, kMr>,
           .pack_b = pack_panel<V, T, kNr>,
-          .widen_row = nullptr,
-          .multiply_narrow = nullptr,
-          .stage_rows = nullptr,
-          .stage_columns = nullptr,
           .widen_bias = widen_bias<V, T>,
           .epilogue = epilogue<V, T>,
           .gradient_epilogue = gradient_epilogue<V, T>,
@@ -37,12 +33,8 @@ consteval GemmFunctions blocked_functions() {
 
 template <class V, class T>
 consteval GemmFunctions narrow_functions() {
-  return {.pack_a = nullptr,
-          .pack_b = nullptr,
-          .widen_row = widen_row<V, T>,
+  return {.widen_row = widen_row<V, T>,
           .multiply_narrow = multiply_narrow<V, T>,
-          .stage_rows = nullptr,
-          .stage_columns = nullptr,
           .widen_bias = widen_bias<V, T>,
           .epilogue = epilogue<V, T>,
           .gradient_epilogue = gradient_epilogue<V, T>,
@@ -51,11 +43,7 @@ consteval GemmFunctions narrow_functions() {
 
 template <class V, class T>
 consteval GemmFunctions strip_functions() {
-  return {.pack_a = nullptr,
-          .pack_b = nullptr,
-          .widen_row = nullptr,
-          .multiply_narrow = nullptr,
-          .stage_rows = stage_rows<V, T>,
+  return {.stage_rows = stage_rows<V, T>,
           .stage_columns = stage_columns<V, T>,
           .widen_bias = widen_bias<V, T>,
           .epilogue = epilogue<V, T>,
@@ -87,16 +75,9 @@ consteval GemmKernel blocked_kernel(const char* name, Isa isa) {
           .lanes = V::kLanes,
           .mr = kMr,
           .nr = kNr,
-          .kr = 1,
           .kc = kLongestBlock,
           .microkernel = Microkernels<V, kMr, kNr>::run,
-          .careful_microkernel = nullptr,
-          .lowest_exponents = 0,
           .sum_panel = sum_panel<V, kMr>,
-          .sum_row = nullptr,
-          .multiply_strip = nullptr,
-          .careful_multiply_strip = nullptr,
-          .sum_strip = nullptr,
           .functions = by_dtype<V>([]<class T> { return blocked_functions<V, T, kMr, kNr>(); })};
 }
 
@@ -109,16 +90,7 @@ consteval GemmKernel narrow_kernel(const char* name, Isa isa) {
           .lanes = V::kLanes,
           .mr = 1,
           .nr = 4 * V::kLanes,
-          .kr = 1,
-          .kc = 0,
-          .microkernel = nullptr,
-          .careful_microkernel = nullptr,
-          .lowest_exponents = 0,
-          .sum_panel = nullptr,
           .sum_row = sum_row<V>,
-          .multiply_strip = nullptr,
-          .careful_multiply_strip = nullptr,
-          .sum_strip = nullptr,
           .functions = by_dtype<V>([]<class T> { return narrow_functions<V, T>(); })};
 }
 
@@ -129,17 +101,7 @@ consteval GemmKernel strips_kernel(const char* name, Isa isa) {
           .accepts = is_long,
           .run = run_strips,
           .lanes = V::kLanes,
-          .mr = 0,
-          .nr = 0,
-          .kr = 1,
-          .kc = 0,
-          .microkernel = nullptr,
-          .careful_microkernel = nullptr,
-          .lowest_exponents = 0,
-          .sum_panel = nullptr,
-          .sum_row = nullptr,
           .multiply_strip = multiply_strip<V>,
-          .careful_multiply_strip = nullptr,
           .sum_strip = sum_strip<V>,
           .functions = by_dtype<V>([]<class T> { return strip_functions<V, T>(); })};
 }

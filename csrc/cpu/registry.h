@@ -27,17 +27,17 @@ using PackPanel = int (*)(const Operand& operand, std::int64_t mn, std::int64_t 
 /// rows, sums and bias rows are in the accumulator type. What each does is said at its definition.
 struct GemmFunctions {
   // pack-inl.h, pairs-inl.h, split-inl.h, tiles-inl.h
-  PackPanel pack_a, pack_b;
-  int (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row);
+  PackPanel pack_a = nullptr, pack_b = nullptr;
+  int (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row) = nullptr;
   // narrow-inl.h
   void (*multiply_narrow)(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
                           int lowest_in_rows, const Operand& b, std::int64_t column,
-                          std::int64_t columns, void* tile, std::int64_t tile_stride);
+                          std::int64_t columns, void* tile, std::int64_t tile_stride) = nullptr;
   // strips-inl.h
   int (*stage_rows)(const Operand& operand, std::int64_t mn, std::int64_t rows, std::int64_t k,
-                    void* strip);
+                    void* strip) = nullptr;
   int (*stage_columns)(const Operand& operand, std::int64_t mn, std::int64_t rows, std::int64_t k,
-                       std::int64_t kc, void* strip);
+                       std::int64_t kc, void* strip) = nullptr;
   // epilogue-inl.h
   void (*widen_bias)(const void* bias, std::int64_t stride, std::int64_t n, void* row);
   void (*epilogue)(Activation activation, std::int64_t rows, std::int64_t columns, const void* tile,
@@ -65,31 +65,32 @@ struct GemmKernel {
   void (*run)(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
               const ParallelFor& parallel_for);  // a driver
 
-  std::int64_t lanes;       // accumulators in a vector: rows and buffers hold whole vectors
-  std::int64_t mr, nr;      // the register tile
-  std::int64_t kr;          // consecutive k of a row or column that are packed together,
-  std::int64_t places = 1;  // into places of this many accumulators
-  std::int64_t known = 0;   // accumulators after a panel with what is known of each row or column
-  std::int64_t kc;          // longest block of k
+  std::int64_t lanes;           // accumulators in a vector: rows and buffers hold whole vectors
+  std::int64_t mr = 0, nr = 0;  // the register tile
+  std::int64_t kr = 1;          // consecutive k of a row or column that are packed together,
+  std::int64_t places = 1;      // into places of this many accumulators
+  std::int64_t known = 0;  // accumulators after a panel with what is known of each row or column
+  std::int64_t kc = 0;     // longest block of k
   // What a thread does before its first call of the micro-kernel and after its last, if anything.
   void (*prepare)() = nullptr;
   void (*release)() = nullptr;
-  Microkernel microkernel;
+  Microkernel microkernel = nullptr;
   // What the micro-kernel would get wrong goes through another one: panels whose lowest exponents,
   // as packing returns them, add up to less than this. Null where there are none such.
-  Microkernel careful_microkernel;
-  int lowest_exponents;
+  Microkernel careful_microkernel = nullptr;
+  int lowest_exponents = 0;
   // Or through another row, of the same nr, that packs the operands again. The elements of its sums
   // that are needed then replace those in the tile. Null where there are no such.
   const GemmKernel* careful = nullptr;
   void (*take_careful)(std::int64_t rows, std::int64_t depth, const void* a, const void* b,
                        const void* careful, void* tile) = nullptr;
-  void (*sum_panel)(std::int64_t depth, const void* panel, void* sums);
-  void (*sum_row)(std::int64_t k, const void* row, void* sum);
+  void (*sum_panel)(std::int64_t depth, const void* panel, void* sums) = nullptr;
+  void (*sum_row)(std::int64_t k, const void* row, void* sum) = nullptr;
   // strips-inl.h
-  StripKernel multiply_strip;
-  StripKernel careful_multiply_strip;
-  void (*sum_strip)(std::int64_t rows, std::int64_t columns, const void* strip, void* sums);
+  StripKernel multiply_strip = nullptr;
+  StripKernel careful_multiply_strip = nullptr;
+  void (*sum_strip)(std::int64_t rows, std::int64_t columns, const void* strip,
+                    void* sums) = nullptr;
   std::array<GemmFunctions, kDTypeCount> functions;  // by DType
 
   constexpr const GemmFunctions& of(DType dtype) const {
