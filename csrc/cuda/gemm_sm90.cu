@@ -37,7 +37,7 @@ struct alignas(1024) Shared {
   T b[kStages][kN * kK];
   Part<T> parts[kConsumers][2];
   float bias[kConsumers][kN];
-  ptx::Mbarrier full[kStages], empty[kStages];
+  RingBarriers<kStages> barriers;
 };
 static_assert(sizeof(Shared<BFloat16, 256>) <= 227 << 10);
 static_assert(sizeof(Shared<BFloat16, 128>) <= 227 << 10);
@@ -123,37 +123,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = static_cast<int>(threadIdx.x) / ptx::kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % ptx::kWarpgroup;
 
-  if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(a_map);
-    ptx::prefetch_tensor_map(b_map);
-    for (int stage = 0; stage < S::kStages; ++stage) {
-      ptx::mbarrier_init(shared.full[stage], 1);
-      ptx::mbarrier_init(shared.empty[stage], kConsumers);
-    }
-    ptx::mbarrier_init_fence();
-  }
-  ptx::block_sync();
+  set_up(shared.barriers, a_map, b_map);
 
-  Ring<S::kStages> ring;
   const int steps = static_cast<int>((problem.desc.k + kK - 1) / kK);
   if (warpgroup == 0) {
-    ptx::release_registers<kProducerRegisters>();
-    if (thread == 0) {
-      for (std::int64_t tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
-        const TilePlace place = cut.place<kN>(tile);
-        for (int step = 0; step < steps; ++step) {
-          ptx::mbarrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
-          ptx::Mbarrier& full = shared.full[ring.stage];
-          ptx::mbarrier_arrive_expecting(full, sizeof(shared.a[0]) + sizeof(shared.b[0]));
-          load_tile<kM, kMajorA>(shared.a[ring.stage], a_map, full, place.i, step * kK);
-          load_tile<kN, kMajorB>(shared.b[ring.stage], b_map, full, place.j, step * kK);
-          ring.advance();
-        }
-      }
-    }
+    fill_stages<kN>(shared.barriers, cut, steps, sizeof(shared.a[0]) + sizeof(shared.b[0]),
+                    [&](int stage, ptx::Mbarrier& full, const TilePlace& place, int step) {
+                      load_tile<kM, kMajorA>(shared.a[stage], a_map, full, place.i, step * kK);
+                      load_tile<kN, kMajorB>(shared.b[stage], b_map, full, place.j, step * kK);
+                    });
   } else {
     ptx::claim_registers<kConsumerRegisters>();
     const int consumer = warpgroup - 1;
+    Ring<S::kStages> ring;
     for (std::int64_t tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
       const TilePlace place = cut.place<kN>(tile);
       Bias<T, kN> bias;
@@ -162,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       float sums[kN / 2];
       int before = 0;  // the stage of the step before
       for (int step = 0; step < steps; ++step) {
-        ptx::mbarrier_wait(shared.full[ring.stage], ring.parity);
+        ptx::mbarrier_wait(shared.barriers.full[ring.stage], ring.parity);
         const std::uint64_t a = descriptor_of(shared.a[ring.stage] + consumer * kRows * kK);
         const std::uint64_t b = descriptor_of(shared.b[ring.stage]);
         ptx::wgmma_fence();
@@ -175,12 +157,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::wgmma_commit();
         // One step stays under way while the one before gives its stage back.
         ptx::wgmma_wait<1>();
-        if (step > 0 && thread == 0) ptx::mbarrier_arrive(shared.empty[before]);
+        if (step > 0 && thread == 0) ptx::mbarrier_arrive(shared.barriers.empty[before]);
         before = ring.stage;
         ring.advance();
       }
       ptx::wgmma_wait<0>();
-      if (thread == 0) ptx::mbarrier_arrive(shared.empty[before]);
+      if (thread == 0) ptx::mbarrier_arrive(shared.barriers.empty[before]);
 
       bias.store(shared.bias[consumer], thread);
 #pragma unroll

@@ -5,7 +5,9 @@
 #include <cstdint>
 
 #include "neuron_ext/gemm.h"
+#include "ptx/mbarrier.cuh"
 #include "ptx/numbers.cuh"
+#include "ptx/sync.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -68,6 +70,48 @@ struct Ring {
     parity ^= 1;
   }
 };
+
+/// Of each stage: that the copies into it are complete, and that all consumers have read it.
+template <int kStages>
+struct RingBarriers {
+  ptx::Mbarrier full[kStages], empty[kStages];
+};
+
+/// What all threads of a block do first.
+template <int kStages>
+NEURON_EXT_DEVICE void set_up(RingBarriers<kStages>& barriers, const ptx::TensorMap& a_map,
+                              const ptx::TensorMap& b_map) {
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(a_map);
+    ptx::prefetch_tensor_map(b_map);
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(barriers.full[stage], 1);
+      ptx::mbarrier_init(barriers.empty[stage], kConsumers);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  ptx::block_sync();
+}
+
+/// The first warpgroup's part: one thread of it fills stage after stage with the steps of all the
+/// block's tiles. load(stage, full, place, step) starts copies of `bytes` in all.
+template <int kN, int kStages, class Load>
+NEURON_EXT_DEVICE void fill_stages(RingBarriers<kStages>& barriers, const Cut& cut, int steps,
+                                   std::uint32_t bytes, const Load& load) {
+  ptx::release_registers<kProducerRegisters>();
+  if (threadIdx.x != 0) return;
+  Ring<kStages> ring;
+  for (std::int64_t tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
+    const TilePlace place = cut.place<kN>(tile);
+    for (int step = 0; step < steps; ++step) {
+      ptx::mbarrier_wait(barriers.empty[ring.stage], ring.parity ^ 1);
+      ptx::Mbarrier& full = barriers.full[ring.stage];
+      ptx::mbarrier_arrive_expecting(full, bytes);
+      load(ring.stage, full, place, step);
+      ring.advance();
+    }
+  }
+}
 
 // ---- operands in shared memory -----------------------------------------------------------------
 

@@ -102,7 +102,7 @@ struct alignas(1024) Shared {
   BFloat16 a[kStages][kPlanes][kM * kK];
   BFloat16 b[kStages][kPlanes][kN * kK];
   float bias[kConsumers][kN];
-  ptx::Mbarrier full[kStages], empty[kStages];
+  RingBarriers<kStages> barriers;
 };
 static_assert(sizeof(Shared<3>) <= 227 << 10);
 
@@ -125,43 +125,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = static_cast<int>(threadIdx.x) / ptx::kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % ptx::kWarpgroup;
 
-  if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(a_map);
-    ptx::prefetch_tensor_map(b_map);
-    for (int stage = 0; stage < S::kStages; ++stage) {
-      ptx::mbarrier_init(shared.full[stage], 1);
-      ptx::mbarrier_init(shared.empty[stage], kConsumers);
-    }
-    ptx::mbarrier_init_fence();
-  }
-  ptx::block_sync();
+  set_up(shared.barriers, a_map, b_map);
 
-  Ring<S::kStages> ring;
   const int steps = static_cast<int>((desc.k + kK - 1) / kK);
   if (warpgroup == 0) {
-    ptx::release_registers<kProducerRegisters>();
-    if (thread == 0) {
-      for (std::int64_t tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
-        const TilePlace place = cut.place<kN>(tile);
-        for (int step = 0; step < steps; ++step) {
-          ptx::mbarrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
-          ptx::Mbarrier& full = shared.full[ring.stage];
-          ptx::mbarrier_arrive_expecting(full, sizeof(shared.a[0]) + sizeof(shared.b[0]));
+    fill_stages<kN>(
+        shared.barriers, cut, steps, sizeof(shared.a[0]) + sizeof(shared.b[0]),
+        [&](int stage, ptx::Mbarrier& full, const TilePlace& place, int step) {
 #pragma unroll
           for (int plane = 0; plane < kPlanes; ++plane) {
             // Where a plane ends, another's rows follow: they end in sums that nobody stores.
-            load_tile<kM, Major::kK>(shared.a[ring.stage][plane], a_map, full,
+            load_tile<kM, Major::kK>(shared.a[stage][plane], a_map, full,
                                      plane * static_cast<int>(desc.m) + place.i, step * kK);
-            load_tile<kN, Major::kK>(shared.b[ring.stage][plane], b_map, full,
+            load_tile<kN, Major::kK>(shared.b[stage][plane], b_map, full,
                                      plane * static_cast<int>(desc.n) + place.j, step * kK);
           }
-          ring.advance();
-        }
-      }
-    }
+        });
   } else {
     ptx::claim_registers<kConsumerRegisters>();
     const int consumer = warpgroup - 1;
+    Ring<S::kStages> ring;
     for (std::int64_t tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
       const TilePlace place = cut.place<kN>(tile);
       Bias<float, kN> bias;
@@ -170,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       float totals[kN / 2] = {};
       for (int step = 0; step < steps; ++step) {
         float sums[kN / 2];
-        ptx::mbarrier_wait(shared.full[ring.stage], ring.parity);
+        ptx::mbarrier_wait(shared.barriers.full[ring.stage], ring.parity);
         ptx::wgmma_fence();
         bool is_first = true;
 #pragma unroll
@@ -192,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::wgmma_commit();
         // Meanwhile the tensor cores have the other consumer's.
         ptx::wgmma_wait<0>();
-        if (thread == 0) ptx::mbarrier_arrive(shared.empty[ring.stage]);
+        if (thread == 0) ptx::mbarrier_arrive(shared.barriers.empty[ring.stage]);
         ring.advance();
 #pragma unroll
         for (int e = 0; e < kN / 2; ++e) totals[e] += sums[e];
