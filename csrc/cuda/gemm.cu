@@ -6,6 +6,7 @@
 #include "gemm_config.h"
 #include "neuron_ext/last_kernel.h"
 #include "neuron_ext/log.h"
+#include "prologue.h"
 
 namespace neuron_ext::cuda {
 namespace {
@@ -56,6 +57,17 @@ Status gemm(const GemmDesc& desc, const GemmPointers& at, void* workspace, const
   last_kernel() = kernel.name;
   if (log_is_on()) log_choice(kernel.name, desc);
   return {kernel.run(desc, at, workspace, device, stream), kernel.name};
+}
+
+bool forms_a(const GemmDesc& desc, const GemmPointers& at, const Device& device) {
+  return desc.prologue != Activation::kIdentity && !is_empty(desc) &&
+         choose(desc, at, device).forms_a;
+}
+
+std::size_t form_a_memory(const GemmDesc& desc) { return prologue_workspace(desc); }
+
+Status form_a(GemmDesc& desc, GemmPointers& at, void* memory, Stream stream) {
+  return {run_prologue(desc, at, memory, stream), "prologue"};
 }
 
 }  // namespace neuron_ext::cuda

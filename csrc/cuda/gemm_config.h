@@ -18,6 +18,7 @@ struct GemmKernel {
   /// Returns a cudaError_t: that of what it launched.
   int (*run)(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device& device,
              Stream stream);
+  bool forms_a = false;  // calls run_prologue (prologue.h), rather than form A' as it reads A
 };
 
 extern const GemmKernel gemm_sm90;

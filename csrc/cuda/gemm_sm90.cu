@@ -299,6 +299,6 @@ constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
 
 }  // namespace
 
-const GemmKernel gemm_sm90 = {"gemm_sm90", kDTypes, 90, 90, accepts, workspace, run};
+const GemmKernel gemm_sm90 = {"gemm_sm90", kDTypes, 90, 90, accepts, workspace, run, true};
 
 }  // namespace neuron_ext::cuda

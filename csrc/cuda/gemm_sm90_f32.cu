@@ -324,6 +324,6 @@ constexpr DType kDTypes[] = {DType::kFloat32};
 
 }  // namespace
 
-const GemmKernel gemm_sm90_f32 = {"gemm_sm90_f32", kDTypes, 90, 90, accepts, workspace, run};
+const GemmKernel gemm_sm90_f32 = {"gemm_sm90_f32", kDTypes, 90, 90, accepts, workspace, run, true};
 
 }  // namespace neuron_ext::cuda

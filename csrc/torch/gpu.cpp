@@ -36,6 +36,13 @@ void run_on(c10::Device gpu, const Launch& launch) {
               cuda::error_text(status.error));
 }
 
+/// Of torch's allocator; undefined for none. It may go out of scope once what uses it is launched:
+/// the stream is the one that it was taken on.
+at::Tensor memory_on(c10::Device gpu, std::size_t bytes) {
+  if (bytes == 0) return {};
+  return at::empty({static_cast<std::int64_t>(bytes)}, at::device(gpu).dtype(at::kByte));
+}
+
 /// The elements of out, in and, unless undefined, saved: their dimensions sorted by stride and
 /// merged.
 cuda::ElementwiseDesc describe(Activation f, const at::Tensor& out, const at::Tensor& in,
@@ -71,11 +78,20 @@ bool has_kernels(c10::Device gpu) {
 
 void gemm(const GemmDesc& desc, const GemmPointers& at, c10::Device gpu) {
   run_on(gpu, [&](const cuda::Device& device, cuda::Stream stream) {
-    const auto bytes = static_cast<std::int64_t>(cuda::gemm_workspace(desc, at, device));
-    const at::Tensor workspace =
-        bytes > 0 ? at::empty({bytes}, at::device(gpu).dtype(at::kByte)) : at::Tensor();
-    return cuda::gemm(desc, at, bytes > 0 ? workspace.mutable_data_ptr() : nullptr, device, stream);
+    const at::Tensor workspace = memory_on(gpu, cuda::gemm_workspace(desc, at, device));
+    return cuda::gemm(desc, at, workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
+                      device, stream);
   });
+}
+
+at::Tensor form_a(GemmDesc& desc, GemmPointers& at, c10::Device gpu) {
+  if (!cuda::forms_a(desc, at, properties_of(gpu))) return {};
+  at::Tensor memory;
+  run_on(gpu, [&](const cuda::Device&, cuda::Stream stream) {
+    memory = memory_on(gpu, cuda::form_a_memory(desc));
+    return cuda::form_a(desc, at, memory.mutable_data_ptr(), stream);
+  });
+  return memory;
 }
 
 void activate(Activation f, const at::Tensor& x, const at::Tensor& y) {

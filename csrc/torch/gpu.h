@@ -23,6 +23,10 @@ bool has_kernels(c10::Device gpu);
 /// See GemmDesc; the addresses are those of tensors on `gpu`.
 void gemm(const GemmDesc& desc, const GemmPointers& at, c10::Device gpu);
 
+/// Forms A' of a product by itself, with a_sum, in memory that the result holds; what is left is a
+/// product of it. Undefined, and nothing done, where gemm() forms A' as it reads A.
+at::Tensor form_a(GemmDesc& desc, GemmPointers& at, c10::Device gpu);
+
 /// Whether the following take a tensor of so many dimensions.
 inline bool takes_rank(const at::Tensor& t) { return t.dim() <= cuda::kMaxRank; }
 

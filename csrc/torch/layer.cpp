@@ -54,6 +54,8 @@ struct Product {
     at.saved = y->data;
   }
 
+  RowsView a() const { return {{}, at.a, desc.m, desc.k, desc.a_stride_m, desc.a_stride_k}; }
+
   /// B, n columns of it, and D, contiguous.
   void set_b_and_d(const void* b, std::int64_t n, std::int64_t stride_k, std::int64_t stride_n,
                    void* d) {
@@ -75,18 +77,35 @@ struct Product {
   /// For a product whose rows are those of a batch.
   void set_whole_batch() { desc.whole_m = batch_invariant() ? GemmDesc::kAnyBatch : desc.m; }
 
-  void run(DType dtype, c10::Device device) {
+  /// After all others.
+  void set_dtype(DType dtype, c10::Device device) {
     desc.dtype = dtype;
     desc.precision = precision_for(dtype,
                                    static_cast<double>(desc.deciding_m()) *
                                        static_cast<double>(desc.n) * static_cast<double>(desc.k),
                                    device);
+  }
+
+  void run(c10::Device device) const {
     if constexpr (gpu::kIsBuilt) {
       if (device.is_cuda()) return gpu::gemm(desc, at, device);
     }
     cpu::gemm(desc, at, at_parallel_for());
   }
 };
+
+Product wgrad_of(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, void* dw,
+                 void* db, DType dtype, c10::Device device) {
+  Product product;
+  product.set_a(transposed(dy), y.has_value() ? OptionalRows(transposed(*y)) : std::nullopt);
+  if (dw != nullptr) {
+    product.set_b_and_d(x->data, x->columns, x->row_stride, x->column_stride, dw);
+  }
+  product.desc.has_a_sum = db != nullptr;
+  product.at.a_sum = db;
+  product.set_dtype(dtype, device);
+  return product;
+}
 
 }  // namespace
 
@@ -126,7 +145,8 @@ void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::
   }
   const at::Tensor packed = is_constant ? packed_weight(weight, x.rows) : at::Tensor();
   if (packed.defined()) product.at.packed_b = packed.const_data_ptr();
-  product.run(dtype_of(weight), weight.device());
+  product.set_dtype(dtype_of(weight), weight.device());
+  product.run(weight.device());
 }
 
 void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, void* dx,
@@ -137,19 +157,29 @@ void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, 
   product.set_b_and_d(weight.const_data_ptr(), weight.size(1), weight.stride(0), weight.stride(1),
                       dx);
   if (x.has_value()) product.set_epilogue_gradient(*x);
-  product.run(dtype_of(weight), weight.device());
+  product.set_dtype(dtype_of(weight), weight.device());
+  product.run(weight.device());
 }
 
 void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, void* dw, void* db,
            DType dtype, c10::Device device) {
-  Product product;
-  product.set_a(transposed(dy), y.has_value() ? OptionalRows(transposed(*y)) : std::nullopt);
-  if (dw != nullptr) {
-    product.set_b_and_d(x->data, x->columns, x->row_stride, x->column_stride, dw);
+  wgrad_of(dy, y, x, dw, db, dtype, device).run(device);
+}
+
+void dgrad_and_wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x,
+                     const at::Tensor& weight, void* dx, void* dw, void* db) {
+  const c10::Device device = weight.device();
+  Product wgrad = wgrad_of(dy, y, x, dw, db, dtype_of(weight), device);
+  at::Tensor dz;  // its memory
+  if constexpr (gpu::kIsBuilt) {
+    if (device.is_cuda()) dz = gpu::form_a(wgrad.desc, wgrad.at, device);
   }
-  product.desc.has_a_sum = db != nullptr;
-  product.at.a_sum = db;
-  product.run(dtype, device);
+  if (dz.defined()) {
+    dgrad(transposed(wgrad.a()), std::nullopt, weight, dx);
+  } else {
+    dgrad(dy, y, weight, dx);
+  }
+  wgrad.run(device);
 }
 
 }  // namespace neuron_ext

@@ -44,6 +44,10 @@ void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, 
 void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, void* dw, void* db,
            DType dtype, c10::Device device = at::kCPU);
 
+/// Both: dz is formed once where that is faster.
+void dgrad_and_wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x,
+                     const at::Tensor& weight, void* dx, void* dw, void* db);
+
 /// Puts `output`, a new tensor, into the graph as a sigmoid layer's result (linear.cpp). Of the
 /// bias, a vector if it is there, only its place in the graph is looked at.
 void record_sigmoid_layer(const at::Tensor& output, const at::Tensor& input,

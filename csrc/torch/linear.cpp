@@ -130,18 +130,20 @@ Gradients layer_backward_cpu(const Tensor& grad_output, const Tensor& input, con
   const std::int64_t out_features = grad_output.size(-1);
   const RowsView dy = as_rows(grad_output);
   const OptionalRows y = output.defined() ? OptionalRows(as_rows(output)) : std::nullopt;
+  const OptionalRows x = mask[1] ? OptionalRows(as_rows(input)) : std::nullopt;
   Gradients grads;
   auto& [dx, dw, db] = grads;
-  if (mask[0]) {
-    dx = empty_rows(grad_output, weight.size(1));
-    dgrad(dy, y, weight, dx.mutable_data_ptr());
-  }
+  if (mask[0]) dx = empty_rows(grad_output, weight.size(1));
   if (mask[1]) dw = new_empty(grad_output, {out_features, input.size(-1)});
   if (mask[2]) db = new_empty(grad_output, {out_features});
-  if (mask[1] || mask[2]) {
-    wgrad(dy, y, mask[1] ? OptionalRows(as_rows(input)) : std::nullopt,
-          mask[1] ? dw.mutable_data_ptr() : nullptr, mask[2] ? db.mutable_data_ptr() : nullptr,
-          dtype_of(grad_output), grad_output.device());
+  void* const dw_data = mask[1] ? dw.mutable_data_ptr() : nullptr;
+  void* const db_data = mask[2] ? db.mutable_data_ptr() : nullptr;
+  if (mask[0] && (mask[1] || mask[2])) {
+    dgrad_and_wgrad(dy, y, x, weight, dx.mutable_data_ptr(), dw_data, db_data);
+  } else if (mask[0]) {
+    dgrad(dy, y, weight, dx.mutable_data_ptr());
+  } else if (mask[1] || mask[2]) {
+    wgrad(dy, y, x, dw_data, db_data, dtype_of(grad_output), grad_output.device());
   }
   return grads;
 }

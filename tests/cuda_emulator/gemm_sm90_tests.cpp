@@ -272,6 +272,46 @@ void test_f32_special_values() {
   }
 }
 
+// ---- A' by itself ------------------------------------------------------------------------------
+
+std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+/// A product in two steps, as others that take the same A' would go on from the first.
+const cuda::GemmKernel kTwoSteps = {
+    "form_a, gemm",
+    {},
+    90,
+    90,
+    nullptr,
+    [](const GemmDesc& desc, const cuda::Device& device) {
+      return aligned(cuda::form_a_memory(desc)) + cuda::gemm_workspace(desc, {}, device);
+    },
+    [](const GemmDesc& desc, const GemmPointers& at, void* workspace, const cuda::Device& device,
+       cuda::Stream stream) {
+      CHECK(cuda::forms_a(desc, at, device), name_of(desc.dtype));
+      GemmDesc left = desc;
+      GemmPointers left_at = at;
+      const cuda::Status status = cuda::form_a(left, left_at, workspace, stream);
+      if (!status.ok()) return status.error;
+      CHECK(!cuda::forms_a(left, left_at, device), name_of(desc.dtype));
+      void* const rest = static_cast<std::byte*>(workspace) + aligned(cuda::form_a_memory(desc));
+      return cuda::gemm(left, left_at, rest, device, stream).error;
+    }};
+
+void test_forming_a_first() {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+    for (const Layout layout : {Layout::kRows, Layout::kColumns}) {
+      change_settings();
+      Product::Options options;
+      options.a = layout, options.b = Layout::kRows;
+      options.prologue = options.a_sum = true;
+      const Product product(dtype, 131, 136, 264, options, testing::integer, testing::integer,
+                            testing::exact_saved);
+      check_exact(kTwoSteps, product, compute(kTwoSteps, product));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -283,5 +323,6 @@ int main() {
   test_f32_exact_sums();
   test_f32_random();
   test_f32_special_values();
+  test_forming_a_first();
   return failures == 0 ? 0 : 1;
 }

@@ -65,6 +65,19 @@ std::size_t gemm_workspace(const GemmDesc& desc, const GemmPointers& at, const D
 Status gemm(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device& device,
             Stream stream);
 
+// ---- the first operand by itself ----------------------------------------------------------------
+
+/// Whether gemm() would write A' to its workspace before it multiplies. If form_a() does so
+/// instead, other products can take the same A': so dgrad and wgrad share dz.
+bool forms_a(const GemmDesc& desc, const GemmPointers& at, const Device& device);
+
+/// Bytes of memory, aligned to 256 bytes, for form_a().
+std::size_t form_a_memory(const GemmDesc& desc);
+
+/// Writes a_sum, and A' to `memory`, rounded to the dtype. `desc` and `at` become those of the
+/// product that is left.
+Status form_a(GemmDesc& desc, GemmPointers& at, void* memory, Stream stream);
+
 // ---- elementwise --------------------------------------------------------------------------------
 
 inline constexpr int kMaxRank = 8;
