@@ -36,9 +36,9 @@ inline ParallelFor at_parallel_for() {
       at::get_num_threads());
 }
 
-/// What the dispatcher would come to, where all it would do is to pick the CPU: the kernel, or a
-/// node of the graph and then the kernel.
-enum class Shortcut : std::uint8_t { kNone, kNode, kCpu };
+/// What the dispatcher would come to, where all it would do is to pick a device: the kernels, or a
+/// node of the graph and then the kernels.
+enum class Shortcut : std::uint8_t { kNone, kNode, kKernels };
 
 /// Of a call on the tensors that were added.
 class ShortcutOf {
@@ -50,22 +50,28 @@ class ShortcutOf {
     has_tangent_ = has_tangent_ || has_tangent(t);
   }
 
-  /// Some for dense CPU tensors, if in this thread there is no mode, transform, autocast, tracer
-  /// or profiler.
+  /// Some for dense tensors of the CPU, or of GPUs if there are kernels for them, if in this thread
+  /// there is no mode, transform, autocast, tracer or profiler. Which GPU, the kernels see to.
   Shortcut get() const {
     using c10::DispatchKey;
-    constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::AutogradCPU,
-                                          DispatchKey::ADInplaceOrView,
-                                          DispatchKey::BackendSelect});
+    constexpr auto plain = [](DispatchKey device, DispatchKey autograd) {
+      return c10::DispatchKeySet(
+          {device, autograd, DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect});
+    };
+    constexpr c10::DispatchKeySet kPlainCpu = plain(DispatchKey::CPU, DispatchKey::AutogradCPU);
+    constexpr c10::DispatchKeySet kPlainCuda = plain(DispatchKey::CUDA, DispatchKey::AutogradCUDA);
     const c10::impl::LocalDispatchKeySet tls = c10::impl::tls_local_dispatch_key_set();
     const c10::DispatchKeySet active = (keys_ | tls.included_) - tls.excluded_;
-    if ((active | kPlain) != kPlain || has_tangent_ ||
+    const bool is_plain =
+        (active | kPlainCpu) == kPlainCpu || (gpu::kIsBuilt && (active | kPlainCuda) == kPlainCuda);
+    if (!is_plain || has_tangent_ ||
         at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value()) {
       return Shortcut::kNone;
     }
-    return needs_grad_ && at::GradMode::is_enabled() && active.has(DispatchKey::AutogradCPU)
+    return needs_grad_ && at::GradMode::is_enabled() &&
+                   active.has(DispatchKey::AutogradFunctionality)
                ? Shortcut::kNode
-               : Shortcut::kCpu;
+               : Shortcut::kKernels;
   }
 
  private:

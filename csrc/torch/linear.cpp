@@ -4,7 +4,7 @@
 //
 //   autocast   casts the arguments                               layer_autocast
 //   autograd   decides who differentiates, and records a node    layer_autograd, LayerNode
-//   a device   CPU, and CUDA if built: the kernels               layer_cpu
+//   a device   CPU, and CUDA if built: the kernels               layer_kernels
 //              Meta: shapes only                                 layer_meta
 //              all others: ATen                                  layer_aten
 //
@@ -97,7 +97,7 @@ Gradients layer_backward_aten(const Tensor& grad_output, const Tensor& input, co
   return grads;
 }
 
-// ---- CPU ----------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 
 bool kernels_take_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                            const Tensor& output) {
@@ -115,14 +115,14 @@ Tensor compute_layer(const Tensor& input, const Tensor& weight, const Tensor& bi
 }
 
 template <Activation f>
-Tensor layer_cpu(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+Tensor layer_kernels(const Tensor& input, const Tensor& weight, const Tensor& bias) {
   if (!kernels_take(input, weight, bias)) return layer_aten<f>(input, weight, bias);
   check_layer({op_name(f)}, input, weight, bias);
   return compute_layer<f>(input, weight, bias);
 }
 
-Gradients layer_backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                             const Tensor& output, Mask mask) {
+Gradients layer_backward_kernels(const Tensor& grad_output, const Tensor& input,
+                                 const Tensor& weight, const Tensor& output, Mask mask) {
   if (!kernels_take_backward(grad_output, input, weight, output)) {
     return layer_backward_aten(grad_output, input, weight, output, mask);
   }
@@ -333,9 +333,9 @@ void register_layer(torch::Library& library, const char* name) {
                torch::dispatch(DispatchKey::CompositeExplicitAutograd, of_layer<layer_aten<f>>));
   library.impl(name, torch::dispatch(DispatchKey::FuncTorchBatched, of_layer<layer_aten<f>>));
   library.impl(name, torch::dispatch(DispatchKey::Batched, of_layer<layer_aten<f>>));
-  library.impl(name, torch::dispatch(DispatchKey::CPU, of_layer<layer_cpu<f>>));
+  library.impl(name, torch::dispatch(DispatchKey::CPU, of_layer<layer_kernels<f>>));
   if (gpu::kIsBuilt) {
-    library.impl(name, torch::dispatch(DispatchKey::CUDA, of_layer<layer_cpu<f>>));
+    library.impl(name, torch::dispatch(DispatchKey::CUDA, of_layer<layer_kernels<f>>));
   }
   library.impl(name, torch::dispatch(DispatchKey::Meta, of_layer<layer_meta<f>>));
   library.impl(name, torch::dispatch(DispatchKey::Autograd, of_layer<layer_autograd<f>>));
@@ -346,14 +346,14 @@ void register_layer(torch::Library& library, const char* name) {
 }
 
 template <class Function>
-void impl_backward(torch::Library& library, const char* name, Function aten, Function cpu,
+void impl_backward(torch::Library& library, const char* name, Function aten, Function kernels,
                    Function meta, Function autograd) {
   using c10::DispatchKey;
   library.impl(name, torch::dispatch(DispatchKey::CompositeExplicitAutograd, aten));
   library.impl(name, torch::dispatch(DispatchKey::FuncTorchBatched, aten));
   library.impl(name, torch::dispatch(DispatchKey::Batched, aten));
-  library.impl(name, torch::dispatch(DispatchKey::CPU, cpu));
-  if (gpu::kIsBuilt) library.impl(name, torch::dispatch(DispatchKey::CUDA, cpu));
+  library.impl(name, torch::dispatch(DispatchKey::CPU, kernels));
+  if (gpu::kIsBuilt) library.impl(name, torch::dispatch(DispatchKey::CUDA, kernels));
   library.impl(name, torch::dispatch(DispatchKey::Meta, meta));
   library.impl(name, torch::dispatch(DispatchKey::Autograd, autograd));
 }
@@ -363,7 +363,7 @@ void impl_backward(torch::Library& library, const char* name, Function aten, Fun
 template <Activation f>
 Tensor layer(const Tensor& input, const Tensor& weight, const Tensor& bias) {
   const Shortcut to = shortcut_for(input, weight, bias);
-  if (to == Shortcut::kCpu) return layer_cpu<f>(input, weight, bias);
+  if (to == Shortcut::kKernels) return layer_kernels<f>(input, weight, bias);
   if (to == Shortcut::kNode) {
     return kernels_take(input, weight, bias)
                ? layer_with_node<f>(input, weight, bias, compute_layer<f>)
@@ -378,7 +378,9 @@ template <Activation f>
 Gradients layer_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                          const Tensor& output, Mask mask) {
   const Shortcut to = shortcut_for(grad_output, input, weight, output);
-  if (to == Shortcut::kCpu) return layer_backward_cpu(grad_output, input, weight, output, mask);
+  if (to == Shortcut::kKernels) {
+    return layer_backward_kernels(grad_output, input, weight, output, mask);
+  }
   if (to == Shortcut::kNode) {
     return layer_backward_autograd<f>(grad_output, input, weight, output, mask);
   }
@@ -412,10 +414,10 @@ void register_linear(torch::Library& library) {
   register_layer<Activation::kIdentity>(library, "linear");
   register_layer<Activation::kSigmoid>(library, "linear_sigmoid");
   impl_backward(library, "linear_backward", &of_linear<layer_backward_aten>,
-                &of_linear<layer_backward_cpu>, &of_linear<layer_backward_meta>,
+                &of_linear<layer_backward_kernels>, &of_linear<layer_backward_meta>,
                 &of_linear<layer_backward_autograd<Activation::kIdentity>>);
   impl_backward(library, "linear_sigmoid_backward", &of_linear_sigmoid<layer_backward_aten>,
-                &of_linear_sigmoid<layer_backward_cpu>, &of_linear_sigmoid<layer_backward_meta>,
+                &of_linear_sigmoid<layer_backward_kernels>, &of_linear_sigmoid<layer_backward_meta>,
                 &of_linear_sigmoid<layer_backward_autograd<Activation::kSigmoid>>);
 }
 

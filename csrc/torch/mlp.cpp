@@ -452,8 +452,8 @@ OutputAndHidden call_mlp_forward(const Tensor& input, TensorList weights, Tensor
 std::vector<Tensor> call_mlp_backward(const Backward& call) {
   ShortcutOf shortcut;
   call.for_each_tensor([&](const Tensor& t) { shortcut.add(t); });
-  const Shortcut to = shortcut.get();
-  if (to == Shortcut::kCpu) return mlp_backward_cpu(call);
+  const Shortcut to = call.grad_output.is_cpu() ? shortcut.get() : Shortcut::kNone;
+  if (to == Shortcut::kKernels) return mlp_backward_cpu(call);
   if (to == Shortcut::kNode) return mlp_backward_autograd(call);
   static const auto op = find_operator<std::vector<Tensor>(
       const Tensor&, const OptionalTensor&, const c10::List<OptionalTensor>&,
@@ -609,8 +609,9 @@ Tensor call_mlp(const Tensor& input, TensorList weights, TensorList biases,
   call.add(input);
   for (const Tensor& weight : weights) call.add(weight);
   for (const Tensor& bias : biases) call.add(bias);
-  const Shortcut to = call.get();
-  if (to == Shortcut::kCpu) return mlp_cpu(input, weights, biases, output_activation);
+  // On a GPU the layers take theirs.
+  const Shortcut to = input.is_cpu() ? call.get() : Shortcut::kNone;
+  if (to == Shortcut::kKernels) return mlp_cpu(input, weights, biases, output_activation);
   if (to == Shortcut::kNode) {
     return kernels_take_stack(input, weights, biases)
                ? mlp_with_node(input, weights, biases, output_activation, compute_stack)

@@ -66,6 +66,14 @@ Tensor empty_elementwise(const Tensor& t) {
   return at::empty_strided_symint(sizes, dense, t.options());
 }
 
+bool kernels_take(const Tensor& input) {
+  return is_kernel_tensor(input) && (!input.is_cuda() || gpu::takes_rank(input));
+}
+
+bool kernels_take(const Tensor& grad_output, const Tensor& output) {
+  return kernels_take(output) && goes_with(output, grad_output);
+}
+
 Tensor sigmoid_aten(const Tensor& input) {
   warn_of_cuda(input);
   return with_context([&] { return at::sigmoid(input); },
@@ -98,7 +106,6 @@ void for_each_run(at::TensorIterator& iterator, DType dtype, const F& f) {
 }
 
 Tensor sigmoid_cpu(const Tensor& input) {
-  if (!is_kernel_tensor(input)) return sigmoid_aten(input);
   Tensor output = with_large_pages(empty_elementwise(input));
   const DType dtype = dtype_of(input);
   if (input.is_non_overlapping_and_dense()) {
@@ -126,13 +133,7 @@ void check_sigmoid_backward(const Tensor& grad_output, const Tensor& output) {
               ", expected that of output, ", shape_of(output));
 }
 
-bool kernels_take(const Tensor& grad_output, const Tensor& output) {
-  return is_kernel_tensor(output) && goes_with(output, grad_output);
-}
-
 Tensor sigmoid_backward_cpu(const Tensor& grad_output, const Tensor& output) {
-  if (!kernels_take(grad_output, output)) return sigmoid_backward_aten(grad_output, output);
-  check_sigmoid_backward(grad_output, output);
   Tensor grad_input = with_large_pages(empty_elementwise(output));
   const DType dtype = dtype_of(output);
   if (output.is_non_overlapping_and_dense() && grad_output.strides() == output.strides()) {
@@ -158,27 +159,33 @@ Tensor sigmoid_backward_cpu(const Tensor& grad_output, const Tensor& output) {
   return grad_input;
 }
 
-#ifdef NEURON_EXT_WITH_CUDA
-Tensor sigmoid_cuda(const Tensor& input) {
-  if (!is_kernel_tensor(input) || !gpu::takes_rank(input)) return sigmoid_aten(input);
-  Tensor output = empty_elementwise(input);
-  gpu::activate(Activation::kSigmoid, input, output);
-  return output;
+Tensor sigmoid_kernels(const Tensor& input) {
+  if (!kernels_take(input)) return sigmoid_aten(input);
+  if constexpr (gpu::kIsBuilt) {
+    if (input.is_cuda()) {
+      Tensor output = empty_elementwise(input);
+      gpu::activate(Activation::kSigmoid, input, output);
+      return output;
+    }
+  }
+  return sigmoid_cpu(input);
 }
 
-Tensor sigmoid_backward_cuda(const Tensor& grad_output, const Tensor& output) {
-  if (!kernels_take(grad_output, output) || !gpu::takes_rank(output)) {
-    return sigmoid_backward_aten(grad_output, output);
-  }
+Tensor sigmoid_backward_kernels(const Tensor& grad_output, const Tensor& output) {
+  if (!kernels_take(grad_output, output)) return sigmoid_backward_aten(grad_output, output);
   check_sigmoid_backward(grad_output, output);
-  Tensor grad_input = empty_elementwise(output);
-  gpu::activate_backward(Activation::kSigmoid, grad_output, output, grad_input);
-  return grad_input;
+  if constexpr (gpu::kIsBuilt) {
+    if (output.is_cuda()) {
+      Tensor grad_input = empty_elementwise(output);
+      gpu::activate_backward(Activation::kSigmoid, grad_output, output, grad_input);
+      return grad_input;
+    }
+  }
+  return sigmoid_backward_cpu(grad_output, output);
 }
-#endif
 
 Tensor sigmoid_meta(const Tensor& input) {
-  return is_kernel_tensor(input) ? empty_elementwise(input) : sigmoid_aten(input);
+  return kernels_take(input) ? empty_elementwise(input) : sigmoid_aten(input);
 }
 
 Tensor sigmoid_backward_meta(const Tensor& grad_output, const Tensor& output) {
@@ -222,8 +229,9 @@ Tensor with_node(Tensor output, const Tensor& input) {
 }
 
 Tensor sigmoid_autograd(const Tensor& input) {
-  if (transform_is_active() || has_tangent(input) || !is_kernel_tensor(input))
+  if (transform_is_active() || has_tangent(input) || !kernels_take(input)) {
     return sigmoid_aten(input);
+  }
   const auto below = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return neuron_ext::sigmoid(input);
@@ -261,10 +269,8 @@ void register_sigmoid(torch::Library& library) {
   library.impl("sigmoid", torch::dispatch(DispatchKey::CompositeExplicitAutograd, sigmoid_aten));
   library.impl("sigmoid", torch::dispatch(DispatchKey::FuncTorchBatched, sigmoid_aten));
   library.impl("sigmoid", torch::dispatch(DispatchKey::Batched, sigmoid_aten));
-  library.impl("sigmoid", torch::dispatch(DispatchKey::CPU, sigmoid_cpu));
-#ifdef NEURON_EXT_WITH_CUDA
-  library.impl("sigmoid", torch::dispatch(DispatchKey::CUDA, sigmoid_cuda));
-#endif
+  library.impl("sigmoid", torch::dispatch(DispatchKey::CPU, sigmoid_kernels));
+  if (gpu::kIsBuilt) library.impl("sigmoid", torch::dispatch(DispatchKey::CUDA, sigmoid_kernels));
   library.impl("sigmoid", torch::dispatch(DispatchKey::Meta, sigmoid_meta));
   library.impl("sigmoid", torch::dispatch(DispatchKey::Autograd, sigmoid_autograd));
 
@@ -274,19 +280,19 @@ void register_sigmoid(torch::Library& library) {
                torch::dispatch(DispatchKey::CompositeExplicitAutograd, sigmoid_backward_aten));
   library.impl(backward, torch::dispatch(DispatchKey::FuncTorchBatched, sigmoid_backward_aten));
   library.impl(backward, torch::dispatch(DispatchKey::Batched, sigmoid_backward_aten));
-  library.impl(backward, torch::dispatch(DispatchKey::CPU, sigmoid_backward_cpu));
-#ifdef NEURON_EXT_WITH_CUDA
-  library.impl(backward, torch::dispatch(DispatchKey::CUDA, sigmoid_backward_cuda));
-#endif
+  library.impl(backward, torch::dispatch(DispatchKey::CPU, sigmoid_backward_kernels));
+  if (gpu::kIsBuilt) {
+    library.impl(backward, torch::dispatch(DispatchKey::CUDA, sigmoid_backward_kernels));
+  }
   library.impl(backward, torch::dispatch(DispatchKey::Meta, sigmoid_backward_meta));
   library.impl(backward, torch::dispatch(DispatchKey::Autograd, sigmoid_backward_autograd));
 }
 
 Tensor sigmoid(const Tensor& input) {
   const Shortcut to = shortcut_for(input);
-  if (to == Shortcut::kCpu) return sigmoid_cpu(input);
+  if (to == Shortcut::kKernels) return sigmoid_kernels(input);
   if (to == Shortcut::kNode) {
-    return is_kernel_tensor(input) ? with_node(sigmoid_cpu(input), input) : sigmoid_aten(input);
+    return kernels_take(input) ? with_node(sigmoid_kernels(input), input) : sigmoid_aten(input);
   }
   static const auto op = find_operator<Tensor(const Tensor&)>("neuron_ext::sigmoid");
   return op.call(input);
@@ -294,7 +300,7 @@ Tensor sigmoid(const Tensor& input) {
 
 Tensor sigmoid_backward(const Tensor& grad_output, const Tensor& output) {
   const Shortcut to = shortcut_for(grad_output, output);
-  if (to == Shortcut::kCpu) return sigmoid_backward_cpu(grad_output, output);
+  if (to == Shortcut::kKernels) return sigmoid_backward_kernels(grad_output, output);
   if (to == Shortcut::kNode) return sigmoid_backward_autograd(grad_output, output);
   static const auto op =
       find_operator<Tensor(const Tensor&, const Tensor&)>("neuron_ext::sigmoid_backward");
