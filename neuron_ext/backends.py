@@ -31,12 +31,13 @@ __all__ = [
 
 
 class Kernel(NamedTuple):
-    """A row of the kernel table; the first row that accepts a problem runs it."""
+    """A row of the kernel table; a device's first row that accepts a problem runs it."""
 
     name: str
-    isa: str
+    device: str  # "cpu" or "cuda"
+    isa: str  # the instruction set; of a GPU the lowest compute capability, sm_90 for 9.0
     dtypes: tuple[str, ...]
-    runnable: bool  # this machine has the instruction set
+    runnable: bool  # this machine has a CPU or a GPU with it
 
 
 def cpu_isa() -> str:
@@ -149,9 +150,10 @@ def use_packed_weights(max_bytes: int) -> Iterator[None]:
 
 
 def kernels() -> list[Kernel]:
-    """All kernels of this build, in the order in which they are tried."""
+    """All kernels of this build, those of each device in the order in which they are tried."""
     return [
-        Kernel(name, isa, tuple(dtypes), runnable) for name, isa, dtypes, runnable in _C.kernels()
+        Kernel(name, device, isa, tuple(dtypes), runnable)
+        for name, device, isa, dtypes, runnable in _C.kernels()
     ]
 
 
@@ -170,7 +172,7 @@ def show_config() -> str:
     info = _C.build_info()
     rows = "\n".join(
         f"    {k.name:<28} {k.isa:<11} {', '.join(k.dtypes)}"
-        + ("" if k.runnable else "  (not on this CPU)")
+        + ("" if k.runnable else "  (not on this machine)")
         for k in kernels()
     )
     return (

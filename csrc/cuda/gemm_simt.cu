@@ -342,6 +342,6 @@ int run_simt_where(const GemmDesc& desc, const GemmPointers& at, const Flags& fl
   return run_as<float>({desc, at, cut, nullptr, flags}, stream);
 }
 
-const GemmKernel gemm_simt = {"gemm_simt", kDTypes, 0, 999, accepts, workspace, run};
+const GemmKernel gemm_simt = {"gemm_simt", kDTypes, kLowestSm, 999, accepts, workspace, run};
 
 }  // namespace neuron_ext::cuda

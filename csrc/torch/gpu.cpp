@@ -76,6 +76,15 @@ bool has_kernels(c10::Device gpu) {
   return device.sm < 0 || device.sm >= cuda::kLowestSm;
 }
 
+bool is_runnable(int lowest_sm, int highest_sm) {
+  const c10::DeviceIndex count = c10::impl::VirtualGuardImpl(c10::kCUDA).deviceCount();
+  for (c10::DeviceIndex index = 0; index < count; ++index) {
+    const int sm = properties_of({c10::kCUDA, index}).sm;
+    if (lowest_sm <= sm && sm <= highest_sm) return true;
+  }
+  return false;
+}
+
 void gemm(const GemmDesc& desc, const GemmPointers& at, c10::Device gpu) {
   run_on(gpu, [&](const cuda::Device& device, cuda::Stream stream) {
     const at::Tensor workspace = memory_on(gpu, cuda::gemm_workspace(desc, at, device));

@@ -20,6 +20,9 @@ inline constexpr bool kIsBuilt = false;
 /// on a machine without any, counts as one that does.
 bool has_kernels(c10::Device gpu);
 
+/// Whether one of the GPUs here has a compute capability of these.
+bool is_runnable(int lowest_sm, int highest_sm);
+
 /// See GemmDesc; the addresses are those of tensors on `gpu`.
 void gemm(const GemmDesc& desc, const GemmPointers& at, c10::Device gpu);
 

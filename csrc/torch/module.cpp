@@ -1,5 +1,5 @@
 // The Python module: the operations as plain C functions for the eager fast path, and questions
-// about the CPU kernels. The only file that knows Python.
+// about the kernels. The only file that knows Python.
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Exceptions.h>
@@ -171,12 +171,24 @@ void set_cpu_isa(const std::string& name) {
   cpu::set_active_isa(*isa);
 }
 
-std::vector<std::tuple<std::string, std::string, std::vector<std::string>, bool>> kernels() {
-  std::vector<std::tuple<std::string, std::string, std::vector<std::string>, bool>> rows;
-  for (const cpu::KernelInfo& kernel : cpu::kernels()) {
+/// A row of backends.kernels(): name, device, isa, dtypes, whether it runs here.
+using KernelRow = std::tuple<std::string, std::string, std::string, std::vector<std::string>, bool>;
+
+std::vector<KernelRow> kernels() {
+  std::vector<KernelRow> rows;
+  const auto add = [&](const auto& kernel, const char* device, std::string isa, bool runnable) {
     std::vector<std::string> dtypes;
     for (const DType dtype : kernel.dtypes) dtypes.emplace_back(name_of(dtype));
-    rows.emplace_back(kernel.name, cpu::name_of(kernel.isa), std::move(dtypes), kernel.runnable);
+    rows.emplace_back(kernel.name, device, std::move(isa), std::move(dtypes), runnable);
+  };
+  for (const cpu::KernelInfo& kernel : cpu::kernels()) {
+    add(kernel, "cpu", cpu::name_of(kernel.isa), kernel.runnable);
+  }
+  if constexpr (gpu::kIsBuilt) {
+    for (const cuda::KernelInfo& kernel : cuda::kernels()) {
+      add(kernel, "cuda", "sm_" + std::to_string(kernel.lowest_sm),
+          gpu::is_runnable(kernel.lowest_sm, kernel.highest_sm));
+    }
   }
   return rows;
 }

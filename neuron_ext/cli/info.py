@@ -40,7 +40,7 @@ def run() -> int:
     print("\nkernels, tried in this order")
     print(f"  {'name':<32} {'instructions':<14} dtypes")
     for kernel in backends.kernels():
-        absent = "" if kernel.runnable else "  (not on this CPU)"
+        absent = "" if kernel.runnable else "  (not on this machine)"
         print(f"  {kernel.name:<32} {kernel.isa:<14} {' '.join(kernel.dtypes)}{absent}")
 
     print("\nenvironment")
