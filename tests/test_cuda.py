@@ -6,6 +6,7 @@ Skipped where the build has no CUDA kernels; what needs a GPU, where there is no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import cases
 import operations
@@ -44,7 +45,7 @@ def fake() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("op", [*OPS, *(f"{op}_backward" for op in OPS)])
+@pytest.mark.parametrize("op", [*OPS, *(f"{op}_backward" for op in OPS), "mlp", "mlp_forward"])
 def test_operations_have_cuda_kernels(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"neuron_ext::{op}", "CUDA")
 
@@ -152,6 +153,39 @@ def test_every_layout(dtype: torch.dtype) -> None:
             ours = results(*(view if i == which else t for i, t in enumerate(plain)))
             for a, e in zip(ours, expected, strict=True):
                 cases.assert_same_outcome(a, e, f"operand {which}, {name}")
+
+
+@needs_gpu
+@cases.each_dtype
+@pytest.mark.parametrize(
+    "features", [(4, 5, 7, 3), (64,) * 5, (784, 128, 64, 10), (128,) * 9], ids=str
+)
+def test_stack_and_gradients(features: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Against the layers one by one, whose rounding may differ in each."""
+    for rows in (1, 33, 5000):
+        weights = [cases.normal(n, k, dtype=dtype) / k**0.5 for k, n in pairwise(features)]
+        biases = [cases.normal(n, dtype=dtype) for n in features[1:]]
+        x = cases.normal(rows, features[0], dtype=dtype)
+        leaves = [t.requires_grad_() for t in on_gpu(x, *weights, *biases)]
+        parameters = leaves[1 : len(features)], leaves[len(features) :]
+        with torch.no_grad():
+            alone = functional.mlp(leaves[0], *parameters)
+        with cases.uninitialised_memory_is_nan():
+            y = functional.mlp(leaves[0], *parameters)
+        cases.assert_same(y, alone, "a row's bits, whatever is kept")
+        h = leaves[0]
+        for i, (w, b) in enumerate(zip(*parameters, strict=True)):
+            last = i + 2 == len(features)
+            h = functional.linear(h, w, b) if last else functional.linear_sigmoid(h, w, b)
+        dy = torch.rand_like(y)
+        eps = torch.finfo(dtype).eps
+        for ours, by_layers in zip(
+            [y, *torch.autograd.grad(y, leaves, dy)],
+            [h, *torch.autograd.grad(h, leaves, dy)],
+            strict=True,
+        ):
+            scale = by_layers.abs().max().item()
+            torch.testing.assert_close(ours, by_layers, rtol=16 * eps, atol=16 * eps * scale)
 
 
 @needs_gpu

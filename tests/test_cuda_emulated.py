@@ -57,6 +57,24 @@ class Kernels:
         )
         return (d, a_sum) if sums_a else d
 
+    def mlp(self, x, weights, biases, output_activation=None, keeps_hidden=True):
+        """The outputs of a stack's layers; those of hidden ones are nan if they aren't kept."""
+        widths = [x.shape[1], *(len(weight) for weight in weights)]
+        outputs = [torch.full((len(x), n), float("nan"), dtype=x.dtype) for n in widths[1:]]
+        strides = [*x.stride()]
+        for weight, bias in zip(weights, biases, strict=True):
+            strides += [*weight.stride(), bias.stride(0) if bias is not None else 0]
+        kept = [keeps_hidden] * (len(weights) - 1) + [True]
+        self.call(
+            "neuron_ext_mlp",
+            *(DTYPES.index(x.dtype), len(weights), (len(x), *widths), strides),
+            *(output_activation == "sigmoid", x),
+            [weight.data_ptr() for weight in weights],
+            [bias.data_ptr() if bias is not None else 0 for bias in biases],
+            [y.data_ptr() if keep else 0 for y, keep in zip(outputs, kept, strict=True)],
+        )
+        return outputs
+
     def sigmoid(self, x, saved=None):
         """The sigmoid of x, or x times the sigmoid's gradient where it is `saved`."""
         y = torch.full(x.shape, float("nan"), dtype=x.dtype)
@@ -110,6 +128,18 @@ class Layer(torch.autograd.Function):
         return None, dx, dweight, dbias
 
 
+def assert_layer(y, x, weight, bias, applies_sigmoid=True):
+    """Within what sums and one rounding may be off by."""
+    b = torch.zeros(1) if bias is None else bias
+    exact = x.double() @ weight.double().t() + b.double()
+    magnitude = x.double().abs() @ weight.double().abs().t() + b.double().abs()
+    if applies_sigmoid:
+        exact, magnitude = torch.sigmoid(exact), magnitude / 4
+    sums = EPSILON.get(y.dtype, 2**-24) * (x.shape[1] + 4)
+    bound = sums * magnitude + torch.finfo(y.dtype).eps * exact.abs() + smallest(y.dtype)
+    assert ((y.double() - exact).abs() <= bound).all(), (x.shape, weight.shape)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layers_of_random_shapes_and_strides(kernels, dtype):
     for _ in range(12):
@@ -119,12 +149,30 @@ def test_layers_of_random_shapes_and_strides(kernels, dtype):
         weight = (torch.randn(k, n) / k**0.5).to(dtype).t()
         bias = torch.randn(1).to(dtype).expand(n)
         y = layer(kernels, x, weight, bias)
-        z = x.double() @ weight.double().t() + bias.double()
-        magnitude = x.double().abs() @ weight.double().abs().t() + bias.double().abs()
-        exact = torch.sigmoid(z)
-        sums = EPSILON.get(dtype, 2**-24) * (k + 4)
-        bound = sums * magnitude / 4 + torch.finfo(dtype).eps * exact + smallest(dtype)
-        assert ((y.double() - exact).abs() <= bound).all(), (m, n, k)
+        assert_layer(y, x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stacks_of_random_shapes_and_strides(kernels, dtype):
+    for turn in range(8):
+        rows, depth = torch.randint(1, 70, ()).item(), torch.randint(1, 5, ()).item()
+        widths = torch.randint(1, 150 if turn % 4 == 0 else 129, (depth + 1,)).tolist()
+        x = torch.randn(widths[0], rows).to(dtype).t() if turn % 2 else torch.randn(rows, widths[0])
+        x = x.to(dtype)
+        weights, biases = [], []
+        for k, n in itertools.pairwise(widths):
+            weight = (torch.randn(n, 2 * k) / k**0.5).to(dtype)[:, ::2]
+            weights.append(weight if turn % 3 else weight.contiguous())
+            biases.append(torch.randn(n).to(dtype) if len(biases) % 3 != 1 else None)
+        activation = "sigmoid" if turn % 2 else None
+        outputs = kernels.mlp(x, weights, biases, activation)
+        inputs = [x, *outputs[:-1]]
+        for i, (y, *of_layer) in enumerate(zip(outputs, inputs, weights, biases, strict=True)):
+            assert_layer(y, *of_layer, applies_sigmoid=i + 1 < depth or activation == "sigmoid")
+        if dtype in (torch.float32, torch.float64):  # no approximations, which vary here
+            alone = kernels.mlp(x, weights, biases, activation, keeps_hidden=False)
+            assert torch.equal(alone[-1], outputs[-1])
+            assert all(hidden.isnan().all() for hidden in alone[:-1])
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 1), (3, 4, 2), (6, 2, 7)], ids=str)

@@ -56,6 +56,9 @@ EXPECTED = tuple(
         ("gemm_simt_kernel<double, 2>", ("sm_80", "sm_90a"), ("DFMA", "LDS.128")),
         ("gemm_sm90_kernel<", ("sm_90a",), ("HGMMA", "UTMALDG", "STSM", "UTMASTG")),
         ("gemm_sm90_f32_kernel<", ("sm_90a",), ("HGMMA", "UTMALDG")),
+        ("mlp_sm80_kernel<", ("sm_80", "sm_90a"), ("HMMA", "LDGSTS", "LDG.E.128", "STG.E.128")),
+        ("mlp_simt_kernel<Tile<float", ("sm_80", "sm_90a"), ("FFMA", "LDS.128", "STG.E.128")),
+        ("mlp_simt_kernel<Tile<double", ("sm_80", "sm_90a"), ("DFMA", "LDS.128", "STG.E.128")),
         ("split_kernel<", ("sm_80", "sm_90a"), ("STG.E.128",)),
         ("prologue_kernel<", ("sm_80", "sm_90a"), ("LDG.E.128", "STG.E.128")),
     )

@@ -27,29 +27,6 @@ constexpr std::int64_t kKeptBytes = 4 << 20;
 
 thread_local ThreadBuffer packed_buffer, hidden_buffer;
 
-GemmDesc product_of(const Mlp& mlp, const MlpLayer& layer) {
-  GemmDesc desc;
-  desc.m = mlp.rows;
-  desc.whole_m = mlp.batch_invariant ? GemmDesc::kAnyBatch : mlp.rows;
-  desc.n = layer.out_features;
-  desc.k = layer.in_features;
-  desc.dtype = mlp.dtype;
-  desc.precision = mlp.precision;
-  if (&layer == mlp.layers.data()) {
-    desc.a_stride_m = mlp.input_stride_row;
-    desc.a_stride_k = mlp.input_stride_column;
-  } else {
-    desc.a_stride_m = layer.in_features;
-  }
-  desc.b_stride_k = layer.weight_stride_in;
-  desc.b_stride_n = layer.weight_stride_out;
-  desc.d_stride_m = layer.out_features;
-  desc.has_bias = layer.bias != nullptr;
-  desc.bias_stride = layer.bias_stride;
-  desc.epilogue = layer.activation;
-  return desc;
-}
-
 /// The widest output that no layer keeps, so that there must be room for it.
 std::int64_t widest_passing(const Mlp& mlp) {
   std::int64_t widest = 0;

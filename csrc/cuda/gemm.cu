@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "gemm_config.h"
+#include "mlp_kernels.h"
 #include "neuron_ext/last_kernel.h"
 #include "neuron_ext/log.h"
 #include "prologue.h"
@@ -40,6 +41,12 @@ std::vector<KernelInfo> kernels() {
                      {kernel->dtypes.begin(), kernel->dtypes.end()},
                      kernel->lowest_sm,
                      kernel->highest_sm});
+  }
+  for (const MlpKernel* kernel : kMlpKernels) {  // on what gemm_simt runs on
+    infos.push_back({kernel->name,
+                     {kernel->dtypes.begin(), kernel->dtypes.end()},
+                     gemm_simt.lowest_sm,
+                     gemm_simt.highest_sm});
   }
   return infos;
 }

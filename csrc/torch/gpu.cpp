@@ -103,6 +103,14 @@ at::Tensor form_a(GemmDesc& desc, GemmPointers& at, c10::Device gpu) {
   return memory;
 }
 
+void mlp_forward(const Mlp& mlp, c10::Device gpu) {
+  run_on(gpu, [&](const cuda::Device& device, cuda::Stream stream) {
+    const at::Tensor workspace = memory_on(gpu, cuda::mlp_workspace(mlp, device));
+    return cuda::mlp_forward(mlp, workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
+                             device, stream);
+  });
+}
+
 void activate(Activation f, const at::Tensor& x, const at::Tensor& y) {
   run_on(x.device(), [&](const cuda::Device& device, cuda::Stream stream) {
     return cuda::activate(describe(f, y, x, at::Tensor()), x.const_data_ptr(), y.mutable_data_ptr(),

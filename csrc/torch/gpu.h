@@ -7,6 +7,7 @@
 
 #include "neuron_ext/cuda.h"
 #include "neuron_ext/gemm.h"
+#include "neuron_ext/mlp.h"
 
 namespace neuron_ext::gpu {
 
@@ -25,6 +26,9 @@ bool is_runnable(int lowest_sm, int highest_sm);
 
 /// See GemmDesc; the addresses are those of tensors on `gpu`.
 void gemm(const GemmDesc& desc, const GemmPointers& at, c10::Device gpu);
+
+/// See Mlp; likewise.
+void mlp_forward(const Mlp& mlp, c10::Device gpu);
 
 /// Forms A' of a product by itself, with a_sum, in memory that the result holds; what is left is a
 /// product of it. Undefined, and nothing done, where gemm() forms A' as it reads A.

@@ -125,7 +125,7 @@ OutputAndHidden mlp_forward_by_layers(const Tensor& input, TensorList weights, T
   return {h, hidden.empty() ? at::empty({0}, input.options()) : at::cat(hidden)};
 }
 
-// ---- CPU ----------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 
 /// Memory for the time of a call: on the stack where it's little, as a tensor costs what a small
 /// layer does.
@@ -182,21 +182,28 @@ Tensor run_stack(const Tensor& input, TensorList weights, TensorList biases,
     if (packed[i].defined()) layer.packed_weight = packed[i].const_data_ptr();
   }
   const std::int64_t rows = batch_invariant() ? GemmDesc::kAnyBatch : x.rows;
-  cpu::mlp_forward({.dtype = dtype_of(input),
-                    .precision = precision_for(
-                        dtype_of(input), static_cast<double>(rows) * static_cast<double>(elements)),
-                    .rows = x.rows,
-                    .input = x.data,
-                    .input_stride_row = x.row_stride,
-                    .input_stride_column = x.column_stride,
-                    .layers = {layers.data(), depth},
-                    .batch_invariant = batch_invariant()},
-                   at_parallel_for());
+  const Mlp mlp{.dtype = dtype_of(input),
+                .precision = precision_for(
+                    dtype_of(input), static_cast<double>(rows) * static_cast<double>(elements),
+                    input.device()),
+                .rows = x.rows,
+                .input = x.data,
+                .input_stride_row = x.row_stride,
+                .input_stride_column = x.column_stride,
+                .layers = {layers.data(), depth},
+                .batch_invariant = batch_invariant()};
+  if constexpr (gpu::kIsBuilt) {
+    if (input.is_cuda()) {
+      gpu::mlp_forward(mlp, input.device());
+      return output;
+    }
+  }
+  cpu::mlp_forward(mlp, at_parallel_for());
   return output;
 }
 
-Tensor mlp_cpu(const Tensor& input, TensorList weights, TensorList biases,
-               const Name& output_activation) {
+Tensor mlp_kernels(const Tensor& input, TensorList weights, TensorList biases,
+                   const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (!kernels_take_stack(input, weights, biases)) {
     return mlp_by_layers(input, weights, biases, output_activation);
@@ -211,13 +218,13 @@ OutputAndHidden compute_stack(const Tensor& input, TensorList weights, TensorLis
   const RowsView x = as_rows(input);
   std::int64_t width = 0;
   for (size_t i = 0; i + 1 < weights.size(); ++i) width += weights[i].size(0);
-  Tensor hidden = empty_cpu({x.rows * width}, input.scalar_type());
+  Tensor hidden = new_empty(input, {x.rows * width});
   Tensor output = run_stack(input, weights, biases, output_activation, x, hidden);
   return {output, hidden};
 }
 
-OutputAndHidden mlp_forward_cpu(const Tensor& input, TensorList weights, TensorList biases,
-                                const Name& output_activation) {
+OutputAndHidden mlp_forward_kernels(const Tensor& input, TensorList weights, TensorList biases,
+                                    const Name& output_activation) {
   check_stack(weights, biases.size(), output_activation);
   if (!kernels_take_stack(input, weights, biases)) {
     return mlp_forward_by_layers(input, weights, biases, output_activation);
@@ -609,9 +616,8 @@ Tensor call_mlp(const Tensor& input, TensorList weights, TensorList biases,
   call.add(input);
   for (const Tensor& weight : weights) call.add(weight);
   for (const Tensor& bias : biases) call.add(bias);
-  // On a GPU the layers take theirs.
-  const Shortcut to = input.is_cpu() ? call.get() : Shortcut::kNone;
-  if (to == Shortcut::kKernels) return mlp_cpu(input, weights, biases, output_activation);
+  const Shortcut to = call.get();
+  if (to == Shortcut::kKernels) return mlp_kernels(input, weights, biases, output_activation);
   if (to == Shortcut::kNode) {
     return kernels_take_stack(input, weights, biases)
                ? mlp_with_node(input, weights, biases, output_activation, compute_stack)
@@ -686,7 +692,7 @@ std::vector<Tensor> mlp_backward_stage(const Tensor& grad_output, const Optional
 }
 
 template <class Function>
-void impl(torch::Library& library, const char* name, Function composite, Function cpu,
+void impl(torch::Library& library, const char* name, Function composite, Function kernels,
           Function meta, Function autograd) {
   using c10::DispatchKey;
   library.impl(name, torch::dispatch(DispatchKey::CompositeExplicitAutograd, composite));
@@ -697,7 +703,7 @@ void impl(torch::Library& library, const char* name, Function composite, Functio
                          DispatchKey::Tracer}) {
     library.impl(name, torch::dispatch(key, composite));
   }
-  library.impl(name, torch::dispatch(DispatchKey::CPU, cpu));
+  library.impl(name, torch::dispatch(DispatchKey::CPU, kernels));
   library.impl(name, torch::dispatch(DispatchKey::Meta, meta));
   library.impl(name, torch::dispatch(DispatchKey::Autograd, autograd));
 }
@@ -719,14 +725,20 @@ void register_mlp(torch::Library& library) {
       "mlp_backward(Tensor grad_output, Tensor? input, Tensor?[] weights, Tensor?[] places, "
       "Tensor? output, Tensor hidden, SymInt[] hidden_features, bool[] output_mask) -> Tensor[]",
       tags);
-  impl(library, "mlp", &mlp_stage<Tensor, mlp_by_layers>, &mlp_stage<Tensor, mlp_cpu>,
+  impl(library, "mlp", &mlp_stage<Tensor, mlp_by_layers>, &mlp_stage<Tensor, mlp_kernels>,
        &mlp_stage<Tensor, mlp_meta>, &mlp_stage<Tensor, mlp_autograd>);
   impl(library, "mlp_forward", &mlp_stage<OutputAndHidden, mlp_forward_by_layers>,
-       &mlp_stage<OutputAndHidden, mlp_forward_cpu>, &mlp_stage<OutputAndHidden, mlp_forward_meta>,
+       &mlp_stage<OutputAndHidden, mlp_forward_kernels>,
+       &mlp_stage<OutputAndHidden, mlp_forward_meta>,
        &mlp_stage<OutputAndHidden, mlp_forward_autograd>);
   impl(library, "mlp_backward", &mlp_backward_stage<mlp_backward_by_layers>,
        &mlp_backward_stage<mlp_backward_cpu>, &mlp_backward_stage<mlp_backward_meta>,
        &mlp_backward_stage<mlp_backward_autograd>);
+  if (gpu::kIsBuilt) {
+    library.impl("mlp", torch::dispatch(DispatchKey::CUDA, mlp_stage<Tensor, mlp_kernels>));
+    library.impl("mlp_forward", torch::dispatch(DispatchKey::CUDA,
+                                                mlp_stage<OutputAndHidden, mlp_forward_kernels>));
+  }
   library.impl(
       "mlp", torch::dispatch(DispatchKey::AutocastCPU, mlp_stage<Tensor, mlp_autocast<at::kCPU>>));
   library.impl("mlp", torch::dispatch(DispatchKey::AutocastCUDA,

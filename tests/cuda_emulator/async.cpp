@@ -23,7 +23,9 @@ std::size_t offset_of(const Block& block, const void* shared, const char* instru
 namespace {
 
 void copy(const CopyAsync& copy) {
-  std::memcpy(copy.shared, copy.global, static_cast<std::size_t>(copy.valid_bytes));
+  if (copy.valid_bytes > 0) {  // else the source may be null
+    std::memcpy(copy.shared, copy.global, static_cast<std::size_t>(copy.valid_bytes));
+  }
   std::memset(copy.shared + copy.valid_bytes, 0,
               static_cast<std::size_t>(copy.bytes - copy.valid_bytes));
 }

@@ -58,6 +58,38 @@ int neuron_ext_gemm(int dtype, const std::int64_t* sizes, const std::int64_t* st
   return cuda::gemm(desc, at, workspace.data(), device, nullptr).error;
 }
 
+/// Mlp, of so many layers: rows and the features before, between and after layers; strides of the
+/// input (row, column), then of each layer its weight's (out, in) and its bias's. A null bias isn't
+/// there, a null output isn't kept.
+int neuron_ext_mlp(int dtype, int depth, const std::int64_t* sizes, const std::int64_t* strides,
+                   bool ends_in_sigmoid, const void* input, const void* const* weights,
+                   const void* const* biases, void* const* outputs) {
+  std::vector<MlpLayer> layers(static_cast<std::size_t>(depth));
+  for (int i = 0; i < depth; ++i) {
+    const std::int64_t* const stride = strides + 2 + 3 * i;
+    layers[i] = {.in_features = sizes[1 + i],
+                 .out_features = sizes[2 + i],
+                 .activation = i + 1 < depth || ends_in_sigmoid ? Activation::kSigmoid
+                                                                : Activation::kIdentity,
+                 .weight = weights[i],
+                 .weight_stride_out = stride[0],
+                 .weight_stride_in = stride[1],
+                 .bias = biases[i],
+                 .bias_stride = stride[2],
+                 .output = outputs[i]};
+  }
+  const Mlp mlp{.dtype = static_cast<DType>(dtype),
+                .rows = sizes[0],
+                .input = input,
+                .input_stride_row = strides[0],
+                .input_stride_column = strides[1],
+                .layers = layers};
+  cuda::Device device;
+  if (!cuda::query_device(0, device).ok()) return 1;
+  std::vector<std::byte> workspace(cuda::mlp_workspace(mlp, device));
+  return cuda::mlp_forward(mlp, workspace.data(), device, nullptr).error;
+}
+
 /// ElementwiseDesc: the sigmoid, or, where `saved` isn't null, its gradient.
 int neuron_ext_sigmoid(int dtype, int rank, const std::int64_t* sizes,
                        const std::int64_t* in_strides, const std::int64_t* saved_strides,

@@ -14,6 +14,7 @@
 
 #include "neuron_ext/activation.h"
 #include "neuron_ext/gemm.h"
+#include "neuron_ext/mlp.h"
 #include "neuron_ext/types.h"
 
 namespace neuron_ext::cuda {
@@ -77,6 +78,15 @@ std::size_t form_a_memory(const GemmDesc& desc);
 /// Writes a_sum, and A' to `memory`, rounded to the dtype. `desc` and `at` become those of the
 /// product that is left.
 Status form_a(GemmDesc& desc, GemmPointers& at, void* memory, Stream stream);
+
+// ---- stacks of layers ---------------------------------------------------------------------------
+
+/// As gemm_workspace(), for mlp_forward() with the same arguments.
+std::size_t mlp_workspace(const Mlp& mlp, const Device& device);
+
+/// The layers one after the other, narrow ones that follow each other in one kernel. A row's bits
+/// are the same in every batch that goes through the same kernels, and whichever outputs are kept.
+Status mlp_forward(const Mlp& mlp, void* workspace, const Device& device, Stream stream);
 
 // ---- elementwise --------------------------------------------------------------------------------
 

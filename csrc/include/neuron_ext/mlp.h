@@ -6,6 +6,7 @@
 #include <span>
 
 #include "neuron_ext/activation.h"
+#include "neuron_ext/gemm.h"
 #include "neuron_ext/types.h"
 
 namespace neuron_ext {
@@ -36,5 +37,29 @@ struct Mlp {
   std::span<const MlpLayer> layers;
   bool batch_invariant = false;  // GemmDesc::kAnyBatch for every layer
 };
+
+/// What is asked of one layer of a stack, as a product of all rows.
+inline GemmDesc product_of(const Mlp& mlp, const MlpLayer& layer) {
+  GemmDesc desc;
+  desc.m = mlp.rows;
+  desc.whole_m = mlp.batch_invariant ? GemmDesc::kAnyBatch : mlp.rows;
+  desc.n = layer.out_features;
+  desc.k = layer.in_features;
+  desc.dtype = mlp.dtype;
+  desc.precision = mlp.precision;
+  if (&layer == mlp.layers.data()) {
+    desc.a_stride_m = mlp.input_stride_row;
+    desc.a_stride_k = mlp.input_stride_column;
+  } else {
+    desc.a_stride_m = layer.in_features;
+  }
+  desc.b_stride_k = layer.weight_stride_in;
+  desc.b_stride_n = layer.weight_stride_out;
+  desc.d_stride_m = layer.out_features;
+  desc.has_bias = layer.bias != nullptr;
+  desc.bias_stride = layer.bias_stride;
+  desc.epilogue = layer.activation;
+  return desc;
+}
 
 }  // namespace neuron_ext

@@ -1,0 +1,124 @@
+// Stacks of layers, START HERE: which layers go through one kernel. Between narrow ones nothing
+// leaves the multiprocessor, so that what a stack of them reads and writes is its input and its
+// output, and what is to be kept.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "mlp_kernels.h"
+#include "neuron_ext/last_kernel.h"
+#include "neuron_ext/log.h"
+
+namespace neuron_ext::cuda {
+namespace {
+
+std::int64_t width_of(const MlpLayer& layer) {
+  return std::max(layer.in_features, layer.out_features);
+}
+
+bool is_narrow(const MlpLayer& layer) { return width_of(layer) <= kWidestLayer; }
+
+/// How many layers go together, the first of these and those after it.
+std::size_t layers_of_step(std::span<const MlpLayer> layers) {
+  const std::size_t most = std::min<std::size_t>(layers.size(), kMostLayers);
+  const auto wide = std::ranges::find_if_not(layers.first(most), is_narrow);
+  return std::max<std::size_t>(1, static_cast<std::size_t>(wide - layers.begin()));
+}
+
+constexpr std::size_t kAlignment = 256;
+
+std::size_t aligned(std::size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+/// For the widest output that is between two steps and that no layer keeps.
+std::size_t passing_bytes(const Mlp& mlp) {
+  std::int64_t widest = 0;
+  auto layers = mlp.layers;
+  for (std::size_t count; (count = layers_of_step(layers)) < layers.size();
+       layers = layers.subspan(count)) {
+    const MlpLayer& last = layers[count - 1];
+    if (last.output == nullptr) widest = std::max(widest, last.out_features);
+  }
+  return aligned(static_cast<std::size_t>(mlp.rows * widest * size_of(mlp.dtype)));
+}
+
+/// Calls f(part, output) for the steps in order: a stack of layers that go together, and where the
+/// last one's output belongs. Outputs that pass take turns in two places at `passing`.
+template <class F>
+void for_each_step(const Mlp& mlp, std::byte* passing, const F& f) {
+  const std::size_t bytes = passing_bytes(mlp);
+  Mlp part = mlp;
+  auto rest = mlp.layers;
+  for (std::size_t turn = 0; !rest.empty(); ++turn) {
+    part.layers = rest.first(layers_of_step(rest));
+    rest = rest.subspan(part.layers.size());
+    const MlpLayer& last = part.layers.back();
+    void* const output = last.output == nullptr ? passing + turn % 2 * bytes : last.output;
+    f(part, output);
+    part.input = output;
+    part.input_stride_row = last.out_features;
+    part.input_stride_column = 1;
+  }
+}
+
+GemmPointers pointers_of(const Mlp& part, void* output) {
+  GemmPointers at;
+  at.a = part.input;
+  at.b = part.layers[0].weight;
+  at.bias = part.layers[0].bias;
+  at.d = output;
+  return at;
+}
+
+Status run_together(const Mlp& part, void* output, const Device& device, Stream stream) {
+  const auto takes = [&](const MlpKernel* kernel) {
+    return std::ranges::find(kernel->dtypes, part.dtype) != kernel->dtypes.end();
+  };
+  const MlpKernel& kernel = **std::ranges::find_if(kMlpKernels, takes);
+  last_kernel() = kernel.name;
+  if (log_is_on()) {
+    for (const MlpLayer& layer : part.layers) log_choice(kernel.name, product_of(part, layer));
+  }
+  Stack stack = {};
+  stack.rows = part.rows;
+  stack.input = part.input;
+  stack.stride_row = part.input_stride_row;
+  stack.stride_column = part.input_stride_column;
+  stack.depth = static_cast<int>(part.layers.size());
+  stack.widest = static_cast<int>(width_of(*std::ranges::max_element(part.layers, {}, width_of)));
+  std::ranges::copy(part.layers, stack.layers);
+  stack.layers[stack.depth - 1].output = output;
+  return {kernel.run(stack, part.dtype, device, stream), kernel.name};
+}
+
+}  // namespace
+
+std::size_t mlp_workspace(const Mlp& mlp, const Device& device) {
+  // In the workspace's place, for its alignment: what kernels accept depends on it.
+  auto* const anywhere = reinterpret_cast<std::byte*>(kAlignment);
+  std::size_t most = 0;
+  for_each_step(mlp, anywhere, [&](const Mlp& part, void* output) {
+    if (part.layers.size() > 1) return;
+    most = std::max(
+        most, gemm_workspace(product_of(part, part.layers[0]), pointers_of(part, output), device));
+  });
+  return 2 * passing_bytes(mlp) + most;
+}
+
+Status mlp_forward(const Mlp& mlp, void* workspace, const Device& device, Stream stream) {
+  if (mlp.rows == 0) return {};
+  auto* const passing = static_cast<std::byte*>(workspace);
+  const std::size_t bytes = 2 * passing_bytes(mlp);
+  Status status;
+  for_each_step(mlp, passing, [&](const Mlp& part, void* output) {
+    if (!status.ok()) return;
+    status = part.layers.size() > 1
+                 ? run_together(part, output, device, stream)
+                 : gemm(product_of(part, part.layers[0]), pointers_of(part, output),
+                        workspace == nullptr ? nullptr : passing + bytes, device, stream);
+  });
+  return status;
+}
+
+}  // namespace neuron_ext::cuda

@@ -1,0 +1,38 @@
+// The kernels that take stacks of narrow layers as a whole. Host code only.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "neuron_ext/cuda.h"
+
+namespace neuron_ext::cuda {
+
+inline constexpr int kWidestLayer = 128;  // in and out
+
+// In one kernel: its parameters may be 4 KiB.
+inline constexpr int kMostLayers = 32;
+
+/// A stack as kernels get it: an Mlp, the last of whose layers has an output.
+struct Stack {
+  std::int64_t rows;
+  const void* input;
+  std::int64_t stride_row, stride_column;
+  int depth, widest;  // layers; in or out features of them all
+  MlpLayer layers[kMostLayers];
+};
+static_assert(sizeof(Stack) <= 4096 - 64);
+
+struct MlpKernel {
+  const char* name;
+  std::span<const DType> dtypes;
+  /// Returns a cudaError_t.
+  int (*run)(const Stack& stack, DType dtype, const Device& device, Stream stream);
+};
+
+extern const MlpKernel mlp_sm80;  // by tensor cores
+extern const MlpKernel mlp_simt;  // by multiply-adds: the bits that gemm_simt gives layer by layer
+
+inline constexpr const MlpKernel* kMlpKernels[] = {&mlp_sm80, &mlp_simt};
+
+}  // namespace neuron_ext::cuda
