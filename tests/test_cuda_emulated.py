@@ -191,6 +191,22 @@ def test_gradients(kernels, shape):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 600, 40), (5, 70, 300), (300, 9, 2), (200, 3, 70)], ids=str)
+def test_layers_with_few_rows_or_columns(kernels, shape, dtype):
+    batch, inputs, outputs = shape
+    x = torch.randint(-3, 4, (batch, inputs)).to(dtype)
+    weight = torch.randint(-3, 4, (outputs, inputs)).to(dtype)
+    dy = torch.randint(-3, 4, (batch, outputs)).to(dtype)
+    assert torch.equal(kernels.gemm(x, weight.t()), (x.double() @ weight.t().double()).to(dtype))
+    y = torch.full_like(dy, 0.5)
+    dz = dy.double() / 4
+    assert torch.equal(kernels.gemm(dy, weight, saved=y), (dz @ weight.double()).to(dtype))
+    dweight, dbias = kernels.gemm(dy.t(), x, saved=y.t(), sums_a=True)
+    assert torch.equal(dweight, (dz.t() @ x.double()).to(dtype))
+    assert torch.equal(dbias, dz.sum(0).to(dtype))
+
+
 def test_long_batches_are_cut(kernels):
     x = torch.randint(-3, 4, (5000, 3)).float()
     dy = torch.randint(-3, 4, (5000, 2)).float()

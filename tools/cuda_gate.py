@@ -52,6 +52,8 @@ EXPECTED = tuple(
     Expected(kernel, target, needs)
     for kernel, targets, needs in (
         ("map_contiguous<", ("sm_80", "sm_90a"), ("LDG.E.128", "STG.E.128")),
+        ("gemv_along_kernel<", ("sm_80", "sm_90a"), ("LDG.E.128",)),
+        ("gemv_across_kernel<", ("sm_80", "sm_90a"), ("LDG.E.128",)),
         ("gemm_simt_kernel<float, 2>", ("sm_80", "sm_90a"), ("FFMA", "LDS.128")),
         ("gemm_simt_kernel<double, 2>", ("sm_80", "sm_90a"), ("DFMA", "LDS.128")),
         ("gemm_sm90_kernel<", ("sm_90a",), ("HGMMA", "UTMALDG", "STSM", "UTMASTG")),

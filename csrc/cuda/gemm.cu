@@ -1,5 +1,5 @@
 // The CUDA matrix product, START HERE: which kernel is chosen. What the kernels do is in the
-// gemm_*.cu files, one for each kind of GPU.
+// gemm_*.cu files, one for each kind of GPU, and in gemv.cu.
 #include <algorithm>
 #include <iterator>
 
@@ -14,6 +14,7 @@ namespace {
 
 /// In the order in which they're tried; the last one takes everything.
 constexpr const GemmKernel* kKernels[] = {
+    &gemv,
     &gemm_sm90,
     &gemm_sm90_f32,
     &gemm_simt,

@@ -21,6 +21,7 @@ struct GemmKernel {
   bool forms_a = false;  // calls run_prologue (prologue.h), rather than form A' as it reads A
 };
 
+extern const GemmKernel gemv;
 extern const GemmKernel gemm_sm90;
 extern const GemmKernel gemm_sm90_f32;
 extern const GemmKernel gemm_simt;

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "activation.cuh"
+#include "chunks.cuh"
 #include "gemm_config.h"
 #include "ptx/global.cuh"
 #include "ptx/launch.cuh"
@@ -41,8 +42,8 @@ struct Tile {
   }
 };
 
-/// How k is cut where D has too few tiles to occupy a GPU: chunks' sums go to the workspace, and a
-/// second kernel adds them in order. Given by the shape, so that results don't depend on the GPU.
+/// How k is cut where D has too few tiles to occupy a GPU. Given by the shape, so that results
+/// don't depend on the GPU.
 struct Cut {
   int groups;  // of Tile
   std::int64_t tiles_m, tiles_n;
@@ -75,7 +76,7 @@ struct Problem {
   GemmDesc desc;
   GemmPointers at;
   Cut cut;
-  void* sums;   // of chunks: d (chunk, m, n), then a_sum (chunk, m); null if there is one chunk
+  ChunkSums sums;
   Flags flags;  // none: everything is computed
 };
 
@@ -110,24 +111,6 @@ NEURON_EXT_DEVICE void load_tile(T (&elements)[kLoads], const Place<T, kGroups>&
     const bool inside = mn0 + mn < mn_end && k0 + k < k_end;
     elements[l] = inside ? first[mn * stride_mn + k * stride_k] : T{};
   }
-}
-
-// ---- a sum on its way to D ---------------------------------------------------------------------
-
-template <class T>
-NEURON_EXT_DEVICE void finish(const Problem& problem, std::int64_t i, std::int64_t j,
-                              Accumulator<T> sum) {
-  const GemmDesc& desc = problem.desc;
-  if (desc.has_bias) {
-    sum += ptx::widen(static_cast<const T*>(problem.at.bias)[j * desc.bias_stride]);
-  }
-  if (desc.has_epilogue_gradient()) {
-    const T* const saved = static_cast<const T*>(problem.at.d_saved);
-    sum = gradient(desc.epilogue_gradient, sum, ptx::widen(saved[i * desc.d_saved_stride_m + j]));
-  } else {
-    sum = apply<T>(desc.epilogue, sum);
-  }
-  static_cast<T*>(problem.at.d)[i * desc.d_stride_m + j] = ptx::narrow<T>(sum);
 }
 
 // ---- the product -------------------------------------------------------------------------------
@@ -242,8 +225,6 @@ __global__ void __launch_bounds__(kThreads)
       ptx::block_sync();
     }
 
-    S* const chunk_sums =
-        problem.sums == nullptr ? nullptr : static_cast<S*>(problem.sums) + chunk * desc.m * desc.n;
 #pragma unroll
     for (int r = 0; r < C::kThread; ++r) {
       const std::int64_t i = i0 + C::place(r, ty);
@@ -251,47 +232,11 @@ __global__ void __launch_bounds__(kThreads)
       for (int c = 0; c < C::kThread; ++c) {
         const std::int64_t j = j0 + C::place(c, tx);
         if (i >= desc.m || j >= desc.n) continue;
-        if (chunk_sums != nullptr) {
-          chunk_sums[i * desc.n + j] = totals[r][c];
-        } else {
-          finish<T>(problem, i, j, totals[r][c]);
-        }
+        store_sum<T>(desc, problem.at, problem.sums, chunk, i, j, totals[r][c]);
       }
     }
     if (sums_a && i0 + thread < desc.m) {
-      if (problem.sums != nullptr) {
-        static_cast<S*>(problem.sums)[(cut.chunks * desc.n + chunk) * desc.m + i0 + thread] =
-            a_total;
-      } else {
-        static_cast<T*>(problem.at.a_sum)[i0 + thread] = ptx::narrow<T>(a_total);
-      }
-    }
-  }
-}
-
-/// D and a_sum from the chunks' sums.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    reduce_chunks_kernel(const __grid_constant__ Problem problem) {
-  using S = Accumulator<T>;
-  const GemmDesc& desc = problem.desc;
-  const std::int64_t elements = desc.m * desc.n;
-  const std::int64_t rows = desc.has_a_sum ? desc.m : 0;
-  const std::int64_t stride = std::int64_t{kThreads} * gridDim.x;
-  const S* const sums = static_cast<const S*>(problem.sums);
-  for (std::int64_t e = std::int64_t{kThreads} * blockIdx.x + threadIdx.x; e < elements + rows;
-       e += stride) {
-    const bool is_row = e >= elements;
-    const S* at = is_row ? sums + problem.cut.chunks * elements + (e - elements) : sums + e;
-    S sum = 0;
-    for (std::int64_t chunk = 0; chunk < problem.cut.chunks; ++chunk) {
-      sum += *at;
-      at += is_row ? desc.m : elements;
-    }
-    if (is_row) {
-      static_cast<T*>(problem.at.a_sum)[e - elements] = ptx::narrow<T>(sum);
-    } else {
-      finish<T>(problem, e / desc.n, e % desc.n, sum);
+      store_a_sum<T>(desc, problem.at, problem.sums, chunk, i0 + thread, a_total);
     }
   }
 }
@@ -309,25 +254,21 @@ int run_as(const Problem& problem, Stream stream) {
   const auto kernel = cut.groups == 2 ? gemm_simt_kernel<T, 2> : gemm_simt_kernel<T, 1>;
   const int error = ptx::launch(
       kernel, {grid_for(cut.tiles_m * cut.tiles_n * cut.chunks), dim3(kThreads)}, stream, problem);
-  if (error != 0 || problem.sums == nullptr) return error;
-  const std::int64_t count = problem.desc.m * (problem.desc.n + 1);
-  return ptx::launch(reduce_chunks_kernel<T>,
-                     {grid_for(divide_up(count, kThreads)), dim3(kThreads)}, stream, problem);
+  if (error != 0) return error;
+  return add_chunks(problem.desc, problem.at, problem.sums, stream);
 }
 
 bool accepts(const GemmDesc&, const GemmPointers&, const Device&) { return true; }
 
 std::size_t workspace(const GemmDesc& desc, const Device&) {
-  const Cut cut = cut_of(desc);
-  if (cut.chunks == 1) return 0;
-  const std::int64_t sum_bytes = desc.dtype == DType::kFloat64 ? 8 : 4;
-  return static_cast<std::size_t>(cut.chunks * desc.m * (desc.n + 1) * sum_bytes);
+  return chunk_bytes(desc, cut_of(desc).chunks);
 }
 
 int run(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device&,
         Stream stream) {
   const Cut cut = cut_of(desc);
-  const Problem problem{desc, at, cut, cut.chunks == 1 ? nullptr : workspace, {}};
+  const ChunkSums sums{cut.chunks == 1 ? nullptr : workspace, cut.chunks};
+  const Problem problem{desc, at, cut, sums, {}};
   return visit_dtype(desc.dtype, [&]<class T>(T*) { return run_as<T>(problem, stream); });
 }
 
@@ -339,7 +280,7 @@ int run_simt_where(const GemmDesc& desc, const GemmPointers& at, const Flags& fl
                    Stream stream) {
   // One chunk: this is too rare for a workspace.
   const Cut cut{1, divide_up(desc.m, kFlagBlock), divide_up(desc.n, kFlagBlock), desc.k, 1};
-  return run_as<float>({desc, at, cut, nullptr, flags}, stream);
+  return run_as<float>({desc, at, cut, {}, flags}, stream);
 }
 
 const GemmKernel gemm_simt = {"gemm_simt", kDTypes, kLowestSm, 999, accepts, workspace, run};

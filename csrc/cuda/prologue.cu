@@ -3,10 +3,11 @@
 #include <cstdlib>
 
 #include "activation.cuh"
+#include "chunks.h"
 #include "prologue.h"
-#include "ptx/global.cuh"
 #include "ptx/launch.cuh"
 #include "ptx/sync.cuh"
+#include "vector.cuh"
 
 namespace neuron_ext::cuda {
 namespace {
@@ -17,9 +18,6 @@ constexpr int kLanes = 8, kRows = 32, kThreads = kLanes * kRows;
 // On a multiprocessor at once: their loads are 32 KiB, twice what its share of the memory's
 // bandwidth and latency asks for.
 constexpr int kBlocks = 4;
-
-template <class T>
-constexpr int kVector = sizeof(ptx::Bytes16) / sizeof(T);
 
 /// A or saved, as `outer` rows of `inner` elements: A's rows or its columns.
 struct Source {
@@ -37,32 +35,16 @@ struct Step {
   // Rows are summed in slabs, slab by slab in blocks of their own, then those sums in order.
   std::int64_t slab, slabs;
   void* slab_sums;  // (slab, inner); null: none
-  void* sums;
 };
 
 std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 
 template <class T>
-union Vector {
-  ptx::Bytes16 bytes;
-  T elements[kVector<T>];
-};
-
-template <class T>
 NEURON_EXT_DEVICE Vector<T> load(const Source& source, std::int64_t x, std::int64_t y,
                                  std::int64_t inner) {
-  Vector<T> vector;
   const T* const first =
       static_cast<const T*>(source.base) + x * source.stride_inner + y * source.stride_outer;
-  if (source.is_aligned && x + kVector<T> <= inner) {
-    vector.bytes = ptx::load_16_bytes(first);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) {
-      vector.elements[e] = x + e < inner ? first[e * source.stride_inner] : T{};
-    }
-  }
-  return vector;
+  return load_vector(first, source.stride_inner, source.is_aligned, inner - x);
 }
 
 template <class T>
@@ -103,29 +85,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   static_cast<S*>(step.slab_sums)[blockIdx.y * step.inner + x0 + thread] = sum;
 }
 
-/// A warp's lanes are neighbours; its warps share the slabs.
-template <class T>
-__global__ void __launch_bounds__(kThreads) add_slabs_kernel(const __grid_constant__ Step step) {
-  using S = Accumulator<T>;
-  constexpr int kWarps = kThreads / ptx::kWarp;
-  NEURON_EXT_SHARED(S, warp_sums, [kWarps][ptx::kWarp]);
-  const int lane = ptx::lane_id(), warp = static_cast<int>(threadIdx.x) / ptx::kWarp;
-  const std::int64_t x = std::int64_t{ptx::kWarp} * blockIdx.x + lane;
-  S sum = 0;
-  if (x < step.inner) {
-#pragma unroll 4
-    for (std::int64_t slab = warp; slab < step.slabs; slab += kWarps) {
-      sum += static_cast<const S*>(step.slab_sums)[slab * step.inner + x];
-    }
-  }
-  warp_sums[warp][lane] = sum;
-  ptx::block_sync();
-  if (warp > 0 || x >= step.inner) return;
-  sum = 0;
-  for (int w = 0; w < kWarps; ++w) sum += warp_sums[w][lane];
-  static_cast<T*>(step.sums)[x] = ptx::narrow<T>(sum);
-}
-
 /// Sums need rows that run across k, however A lies.
 bool runs_across_k(const GemmDesc& desc) {
   return desc.has_a_sum || std::abs(desc.a_stride_m) < std::abs(desc.a_stride_k);
@@ -159,15 +118,10 @@ Step step_of(const GemmDesc& desc) {
 
 template <class T>
 int launch_step(const Step& step, Stream stream) {
-  const auto blocks = [&](std::int64_t width) {
-    return static_cast<unsigned>(divide_up(step.inner, width));
-  };
-  const int error = ptx::launch(
-      prologue_kernel<T>,
-      {dim3(blocks(kLanes * kVector<T>), static_cast<unsigned>(step.slabs)), dim3(kThreads)},
-      stream, step);
-  if (error != 0 || step.slab_sums == nullptr) return error;
-  return ptx::launch(add_slabs_kernel<T>, {dim3(blocks(ptx::kWarp)), dim3(kThreads)}, stream, step);
+  const auto blocks = static_cast<unsigned>(divide_up(step.inner, kLanes * kVector<T>));
+  return ptx::launch(prologue_kernel<T>,
+                     {dim3(blocks, static_cast<unsigned>(step.slabs)), dim3(kThreads)}, stream,
+                     step);
 }
 
 }  // namespace
@@ -188,18 +142,20 @@ int run_prologue(GemmDesc& desc, GemmPointers& at, void* workspace, Stream strea
   const auto source = [&](const void* base, std::int64_t stride_m, std::int64_t stride_k) {
     if (across_k) std::swap(stride_m, stride_k);
     return Source{base, stride_k, stride_m,
-                  stride_k == 1 && stride_m % (16 / size_of(desc.dtype)) == 0 &&
-                      reinterpret_cast<std::uintptr_t>(base) % 16 == 0};
+                  has_aligned_rows(base, size_of(desc.dtype), stride_k, stride_m)};
   };
   step.a = source(at.a, desc.a_stride_m, desc.a_stride_k);
   step.saved = source(at.saved, desc.saved_stride_m, desc.saved_stride_k);
   if (has_prologue) step.result = workspace;
   if (desc.has_a_sum) {
     step.slab_sums = static_cast<std::byte*>(workspace) + result_bytes(step, desc.dtype);
-    step.sums = at.a_sum;
   }
-  const int error =
-      visit_dtype(desc.dtype, [&]<class T>(T*) { return launch_step<T>(step, stream); });
+  int error = visit_dtype(desc.dtype, [&]<class T>(T*) { return launch_step<T>(step, stream); });
+  if (error == 0 && desc.has_a_sum) {
+    GemmDesc sums = desc;
+    sums.n = 0;
+    error = add_chunks(sums, at, {step.slab_sums, step.slabs}, stream);
+  }
 
   desc.has_a_sum = false;
   desc.prologue = Activation::kIdentity;

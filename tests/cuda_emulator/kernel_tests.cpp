@@ -338,5 +338,6 @@ int main() {
   test_random(cuda::gemm_simt);
   test_orders(cuda::gemm_simt);
   test_far_apart(cuda::gemm_simt);
+  test_far_apart(cuda::gemv);
   return failures == 0 ? 0 : 1;
 }

@@ -1,0 +1,47 @@
+// Where a sum over k, or over a chunk of it, goes.
+#pragma once
+
+#include <cstdint>
+
+#include "activation.cuh"
+#include "chunks.h"
+
+namespace neuron_ext::cuda {
+
+/// D[i, j] from its sum over all k.
+template <class T>
+NEURON_EXT_DEVICE void finish(const GemmDesc& desc, const GemmPointers& at, std::int64_t i,
+                              std::int64_t j, Accumulator<T> sum) {
+  if (desc.has_bias) sum += ptx::widen(static_cast<const T*>(at.bias)[j * desc.bias_stride]);
+  if (desc.has_epilogue_gradient()) {
+    const T* const saved = static_cast<const T*>(at.d_saved);
+    sum = gradient(desc.epilogue_gradient, sum, ptx::widen(saved[i * desc.d_saved_stride_m + j]));
+  } else {
+    sum = apply<T>(desc.epilogue, sum);
+  }
+  static_cast<T*>(at.d)[i * desc.d_stride_m + j] = ptx::narrow<T>(sum);
+}
+
+template <class T>
+NEURON_EXT_DEVICE void store_sum(const GemmDesc& desc, const GemmPointers& at,
+                                 const ChunkSums& sums, std::int64_t chunk, std::int64_t i,
+                                 std::int64_t j, Accumulator<T> sum) {
+  if (sums.base == nullptr) {
+    finish<T>(desc, at, i, j, sum);
+  } else {
+    static_cast<Accumulator<T>*>(sums.base)[(chunk * desc.m + i) * desc.n + j] = sum;
+  }
+}
+
+template <class T>
+NEURON_EXT_DEVICE void store_a_sum(const GemmDesc& desc, const GemmPointers& at,
+                                   const ChunkSums& sums, std::int64_t chunk, std::int64_t i,
+                                   Accumulator<T> sum) {
+  if (sums.base == nullptr) {
+    static_cast<T*>(at.a_sum)[i] = ptx::narrow<T>(sum);
+  } else {
+    static_cast<Accumulator<T>*>(sums.base)[(sums.chunks * desc.n + chunk) * desc.m + i] = sum;
+  }
+}
+
+}  // namespace neuron_ext::cuda
