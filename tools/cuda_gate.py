@@ -56,7 +56,11 @@ EXPECTED = tuple(
         ("gemv_across_kernel<", ("sm_80", "sm_90a"), ("LDG.E.128",)),
         ("gemm_simt_kernel<float, 2>", ("sm_80", "sm_90a"), ("FFMA", "LDS.128")),
         ("gemm_simt_kernel<double, 2>", ("sm_80", "sm_90a"), ("DFMA", "LDS.128")),
-        ("gemm_sm90_kernel<", ("sm_90a",), ("HGMMA", "UTMALDG", "STSM", "UTMASTG")),
+        (
+            "gemm_sm90_kernel<",
+            ("sm_90a",),
+            ("HGMMA", "UTMALDG", "LDG.E.128", "LDSM", "STSM", "UTMASTG"),
+        ),
         ("gemm_sm90_f32_kernel<", ("sm_90a",), ("HGMMA", "UTMALDG")),
         ("mlp_sm80_kernel<", ("sm_80", "sm_90a"), ("HMMA", "LDGSTS", "LDG.E.128", "STG.E.128")),
         ("mlp_simt_kernel<Tile<float", ("sm_80", "sm_90a"), ("FFMA", "LDS.128", "STG.E.128")),

@@ -31,6 +31,20 @@ const GemmKernel& choose(const GemmDesc& desc, const GemmPointers& at, const Dev
   return *std::end(kKernels)[-1];
 }
 
+/// The epilogue gradient as a pass of its own, for a row whose product comes without.
+int multiply_by_gradient(const GemmDesc& desc, const GemmPointers& at, const Device& device,
+                         Stream stream) {
+  const bool is_contiguous = desc.d_stride_m == desc.n && desc.d_saved_stride_m == desc.n;
+  ElementwiseDesc pass;
+  pass.f = desc.epilogue_gradient;
+  pass.dtype = desc.dtype;
+  pass.rank = is_contiguous ? 1 : 2;
+  pass.sizes = {is_contiguous ? desc.m * desc.n : desc.n, desc.m};
+  pass.in_strides = pass.out_strides = {1, desc.d_stride_m};
+  pass.saved_strides = {1, desc.d_saved_stride_m};
+  return activate_backward(pass, at.d, at.d_saved, at.d, device, stream).error;
+}
+
 bool is_empty(const GemmDesc& desc) { return desc.m == 0 || (desc.n == 0 && !desc.has_a_sum); }
 
 }  // namespace
@@ -52,6 +66,17 @@ std::vector<KernelInfo> kernels() {
   return infos;
 }
 
+int run_row(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at, void* workspace,
+            const Device& device, Stream stream) {
+  if (!desc.has_epilogue_gradient() || kernel.takes_epilogue_gradient) {
+    return kernel.run(desc, at, workspace, device, stream);
+  }
+  GemmDesc product = desc;
+  product.epilogue_gradient = Activation::kIdentity;
+  const int error = kernel.run(product, at, workspace, device, stream);
+  return error != 0 ? error : multiply_by_gradient(desc, at, device, stream);
+}
+
 std::size_t gemm_workspace(const GemmDesc& desc, const GemmPointers& at, const Device& device) {
   return is_empty(desc) ? 0 : choose(desc, at, device).workspace(desc, device);
 }
@@ -62,9 +87,10 @@ Status gemm(const GemmDesc& desc, const GemmPointers& at, void* workspace, const
   const GemmKernel& kernel = choose(desc, at, device);
   constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
   if (!desc.is_valid()) return {kInvalidValue, kernel.name};
-  last_kernel() = kernel.name;
   if (log_is_on()) log_choice(kernel.name, desc);
-  return {kernel.run(desc, at, workspace, device, stream), kernel.name};
+  const int error = run_row(kernel, desc, at, workspace, device, stream);
+  last_kernel() = kernel.name;
+  return {error, kernel.name};
 }
 
 bool forms_a(const GemmDesc& desc, const GemmPointers& at, const Device& device) {

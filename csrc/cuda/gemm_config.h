@@ -19,12 +19,18 @@ struct GemmKernel {
   int (*run)(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device& device,
              Stream stream);
   bool forms_a = false;  // calls run_prologue (prologue.h), rather than form A' as it reads A
+  /// Whether run() multiplies by an epilogue gradient; else run_row does so, in a pass over D.
+  bool takes_epilogue_gradient = false;
 };
 
 extern const GemmKernel gemv;
 extern const GemmKernel gemm_sm90;
 extern const GemmKernel gemm_sm90_f32;
 extern const GemmKernel gemm_simt;
+
+/// A row's product, and what the row leaves of it.
+int run_row(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at, void* workspace,
+            const Device& device, Stream stream);
 
 /// What another kernel couldn't compute: the elements of D that come from blocks of A or B,
 /// kFlagBlock rows (or columns) by as many k, of which one has a flag other than 0.

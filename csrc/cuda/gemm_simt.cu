@@ -283,6 +283,13 @@ int run_simt_where(const GemmDesc& desc, const GemmPointers& at, const Flags& fl
   return run_as<float>({desc, at, cut, {}, flags}, stream);
 }
 
-const GemmKernel gemm_simt = {"gemm_simt", kDTypes, kLowestSm, 999, accepts, workspace, run};
+const GemmKernel gemm_simt = {.name = "gemm_simt",
+                              .dtypes = kDTypes,
+                              .lowest_sm = kLowestSm,
+                              .highest_sm = 999,
+                              .accepts = accepts,
+                              .workspace = workspace,
+                              .run = run,
+                              .takes_epilogue_gradient = true};
 
 }  // namespace neuron_ext::cuda

@@ -16,6 +16,7 @@
 #include "gemm_config.h"
 #include "gemm_sm90.cuh"
 #include "prologue.h"
+#include "ptx/global.cuh"
 #include "ptx/launch.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/sync.cuh"
@@ -46,7 +47,8 @@ struct Problem {
   GemmDesc desc;
   GemmPointers at;
   Cut cut;
-  bool d_is_tiled;  // the copy engine can store it
+  bool d_is_tiled;          // the copy engine can store it
+  bool d_saved_is_vectors;  // of 16 bytes
 };
 
 // ---- sums on their way to D --------------------------------------------------------------------
@@ -79,6 +81,51 @@ NEURON_EXT_DEVICE void finish(Activation activation, const float (&sums)[kSums],
     finish<T, Sigmoid>(sums, first, bias, part, thread);
   } else {
     finish<T, Identity>(sums, first, bias, part, thread);
+  }
+}
+
+/// The part of d_saved that a part of D is multiplied by, in its place: by all threads of the
+/// warpgroup, vectors of a row by neighbours.
+template <class T>
+NEURON_EXT_DEVICE void load_saved(const Problem& problem, Part<T>& part, int i0, int j0,
+                                  int thread) {
+  constexpr int kVector = 16 / sizeof(T), kVectors = kColumns / kVector;
+  const GemmDesc& desc = problem.desc;
+#pragma unroll
+  for (int v = thread; v < kRows * kVectors; v += ptx::kWarpgroup) {
+    const int row = v / kVectors, vector = v % kVectors;
+    const std::int64_t i = i0 + row, j = j0 + vector * kVector;
+    if (i >= desc.m || j >= desc.n) continue;
+    const T* const from = static_cast<const T*>(problem.at.d_saved) + i * desc.d_saved_stride_m + j;
+    T* const to = part + row * kColumns + (vector ^ row % 8) * kVector;
+    if (problem.d_saved_is_vectors && j + kVector <= desc.n) {
+      *reinterpret_cast<ptx::Bytes16*>(to) = ptx::load_16_bytes(from);
+    } else {
+      for (int e = 0; e < kVector && j + e < desc.n; ++e) to[e] = from[e];
+    }
+  }
+}
+
+/// As finish, for sums that are multiplied by the gradient at what load_saved left in the part.
+template <class T, int kSums>
+NEURON_EXT_DEVICE void multiply_by_gradient(Activation activation, const float (&sums)[kSums],
+                                            int first, Part<T>& part, int thread) {
+  const int lane = ptx::lane_id();
+  T* const row = part + (thread / ptx::kWarp * 16 + lane % 16) * kColumns;
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; j += 2) {
+    T* const matrices = row + ((j + lane / 16) ^ lane % 8) * 8;
+    std::uint32_t pairs[4];
+    ptx::load_matrices(pairs, matrices);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      const int e = first + 4 * j + 2 * p;
+      const T low{static_cast<std::uint16_t>(pairs[p])};
+      const T high{static_cast<std::uint16_t>(pairs[p] >> 16)};
+      pairs[p] = ptx::narrow_pair<T>(gradient(activation, sums[e], ptx::widen(low)),
+                                     gradient(activation, sums[e + 1], ptx::widen(high)));
+    }
+    ptx::store_matrices(matrices, pairs);
   }
 }
 
@@ -170,7 +217,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         Part<T>& part = shared.parts[consumer][c / kColumns % 2];
         if (thread == 0) ptx::tma_store_wait_read<1>();  // of the part's last content
         ptx::barrier_sync(warpgroup, ptx::kWarpgroup);
-        finish<T>(problem.desc.epilogue, sums, c / 2, shared.bias[consumer] + c, part, thread);
+        if (problem.desc.has_epilogue_gradient()) {
+          load_saved<T>(problem, part, place.i + consumer * kRows, place.j + c, thread);
+          ptx::barrier_sync(warpgroup, ptx::kWarpgroup);
+          multiply_by_gradient<T>(problem.desc.epilogue_gradient, sums, c / 2, part, thread);
+        } else {
+          finish<T>(problem.desc.epilogue, sums, c / 2, shared.bias[consumer] + c, part, thread);
+        }
         store_part<T>(problem, d_map, part, place.i + consumer * kRows, place.j + c, thread,
                       warpgroup);
       }
@@ -239,8 +292,7 @@ bool accepts(const GemmDesc& desc, const GemmPointers& at, const Device&) {
   const bool takes_a = desc.prologue == Activation::kIdentity
                            ? a.is_along_k() || a.is_across_k()
                            : std::max(desc.m, desc.k) <= kLargest;
-  return !desc.has_epilogue_gradient() && desc.n > 0 && desc.k > 0 && takes_a &&
-         (b.is_along_k() || b.is_across_k());
+  return desc.n > 0 && desc.k > 0 && takes_a && (b.is_along_k() || b.is_across_k());
 }
 
 std::size_t workspace(const GemmDesc& desc, const Device&) { return prologue_workspace(desc); }
@@ -284,7 +336,8 @@ int run_as(const Problem& problem, const Device& device, Stream stream) {
 int run(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device& device,
         Stream stream) {
   Problem problem{desc, at, cut_of(desc, device),
-                  is_tileable(at.d, desc.m, desc.n, desc.d_stride_m, 1)};
+                  is_tileable(at.d, desc.m, desc.n, desc.d_stride_m, 1),
+                  is_tileable(at.d_saved, desc.m, desc.n, desc.d_saved_stride_m, 1)};
   const int error = run_prologue(problem.desc, problem.at, workspace, stream);
   if (error != 0) return error;
   const auto run_dtype = [&]<class T>(T*) {
@@ -299,6 +352,14 @@ constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
 
 }  // namespace
 
-const GemmKernel gemm_sm90 = {"gemm_sm90", kDTypes, 90, 90, accepts, workspace, run, true};
+const GemmKernel gemm_sm90 = {.name = "gemm_sm90",
+                              .dtypes = kDTypes,
+                              .lowest_sm = 90,
+                              .highest_sm = 90,
+                              .accepts = accepts,
+                              .workspace = workspace,
+                              .run = run,
+                              .forms_a = true,
+                              .takes_epilogue_gradient = true};
 
 }  // namespace neuron_ext::cuda

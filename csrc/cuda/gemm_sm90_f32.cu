@@ -324,6 +324,14 @@ constexpr DType kDTypes[] = {DType::kFloat32};
 
 }  // namespace
 
-const GemmKernel gemm_sm90_f32 = {"gemm_sm90_f32", kDTypes, 90, 90, accepts, workspace, run, true};
+const GemmKernel gemm_sm90_f32 = {.name = "gemm_sm90_f32",
+                                  .dtypes = kDTypes,
+                                  .lowest_sm = 90,
+                                  .highest_sm = 90,
+                                  .accepts = accepts,
+                                  .workspace = workspace,
+                                  .run = run,
+                                  .forms_a = true,
+                                  .takes_epilogue_gradient = true};
 
 }  // namespace neuron_ext::cuda

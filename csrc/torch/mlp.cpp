@@ -127,12 +127,15 @@ OutputAndHidden mlp_forward_by_layers(const Tensor& input, TensorList weights, T
 
 // ---- kernels ------------------------------------------------------------------------------------
 
-/// Memory for the time of a call: on the stack where it's little, as a tensor costs what a small
-/// layer does.
+/// Memory for the time of a call, of `like`'s dtype and device: on the stack where it's little, as
+/// a tensor costs what a small layer does.
 class Scratch {
  public:
-  explicit Scratch(std::int64_t bytes) {
-    if (bytes > static_cast<std::int64_t>(sizeof(little_))) much_ = empty_cpu({bytes}, at::kByte);
+  Scratch(const Tensor& like, std::int64_t elements) {
+    const std::int64_t bytes = elements * like.element_size();
+    if (!like.is_cpu() || bytes > static_cast<std::int64_t>(sizeof(little_))) {
+      much_ = new_empty(like, {elements});
+    }
   }
   std::byte* data() {
     return much_.defined() ? static_cast<std::byte*>(much_.mutable_data_ptr()) : little_;
@@ -318,11 +321,10 @@ void Backward::check() const {
 
 std::vector<Tensor> mlp_backward_by_layers(const Backward& call);
 
-std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
+std::vector<Tensor> mlp_backward_kernels(const Backward& call) {
   if (!call.kernels_take()) return mlp_backward_by_layers(call);
   call.check();
   const size_t depth = call.depth();
-  const auto dtype = call.grad_output.scalar_type();
   RowsView dy = as_rows(call.grad_output);
   OptionalRows y = call.output.defined() ? OptionalRows(as_rows(call.output)) : std::nullopt;
   const std::int64_t rows = dy.rows;
@@ -336,7 +338,7 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
   std::int64_t widest = 0;
   for (size_t i = 1; i < depth; ++i) widest = std::max(widest, in_features(i));
   const std::int64_t bytes = rows * widest * size;
-  Scratch buffers(2 * bytes);
+  Scratch buffers(hidden, 2 * rows * widest);
 
   std::vector<Tensor> grads(call.mask.size());
   const auto* h_end = static_cast<const char*>(hidden.const_data_ptr()) + hidden.numel() * size;
@@ -349,11 +351,11 @@ std::vector<Tensor> mlp_backward_cpu(const Backward& call) {
       x = as_rows(call.input);
     }
     Tensor &dw = grads[1 + i], &db = grads[1 + depth + i];
-    if (call.wants_weight(i)) dw = empty_cpu({dy.columns, x->columns}, dtype);
-    if (call.wants_bias(i)) db = empty_cpu({dy.columns}, dtype);
+    if (call.wants_weight(i)) dw = new_empty(hidden, {dy.columns, x->columns});
+    if (call.wants_bias(i)) db = new_empty(hidden, {dy.columns});
     if (dw.defined() || db.defined()) {
       wgrad(dy, y, x, dw.defined() ? dw.mutable_data_ptr() : nullptr,
-            db.defined() ? db.mutable_data_ptr() : nullptr, dtype_of(call.grad_output));
+            db.defined() ? db.mutable_data_ptr() : nullptr, dtype_of(hidden), hidden.device());
     }
     if (!call.wants_before(i)) break;
     const Tensor& weight = call.weights[i];
@@ -459,8 +461,8 @@ OutputAndHidden call_mlp_forward(const Tensor& input, TensorList weights, Tensor
 std::vector<Tensor> call_mlp_backward(const Backward& call) {
   ShortcutOf shortcut;
   call.for_each_tensor([&](const Tensor& t) { shortcut.add(t); });
-  const Shortcut to = call.grad_output.is_cpu() ? shortcut.get() : Shortcut::kNone;
-  if (to == Shortcut::kKernels) return mlp_backward_cpu(call);
+  const Shortcut to = shortcut.get();
+  if (to == Shortcut::kKernels) return mlp_backward_kernels(call);
   if (to == Shortcut::kNode) return mlp_backward_autograd(call);
   static const auto op = find_operator<std::vector<Tensor>(
       const Tensor&, const OptionalTensor&, const c10::List<OptionalTensor>&,
@@ -704,6 +706,7 @@ void impl(torch::Library& library, const char* name, Function composite, Functio
     library.impl(name, torch::dispatch(key, composite));
   }
   library.impl(name, torch::dispatch(DispatchKey::CPU, kernels));
+  if (gpu::kIsBuilt) library.impl(name, torch::dispatch(DispatchKey::CUDA, kernels));
   library.impl(name, torch::dispatch(DispatchKey::Meta, meta));
   library.impl(name, torch::dispatch(DispatchKey::Autograd, autograd));
 }
@@ -732,13 +735,8 @@ void register_mlp(torch::Library& library) {
        &mlp_stage<OutputAndHidden, mlp_forward_meta>,
        &mlp_stage<OutputAndHidden, mlp_forward_autograd>);
   impl(library, "mlp_backward", &mlp_backward_stage<mlp_backward_by_layers>,
-       &mlp_backward_stage<mlp_backward_cpu>, &mlp_backward_stage<mlp_backward_meta>,
+       &mlp_backward_stage<mlp_backward_kernels>, &mlp_backward_stage<mlp_backward_meta>,
        &mlp_backward_stage<mlp_backward_autograd>);
-  if (gpu::kIsBuilt) {
-    library.impl("mlp", torch::dispatch(DispatchKey::CUDA, mlp_stage<Tensor, mlp_kernels>));
-    library.impl("mlp_forward", torch::dispatch(DispatchKey::CUDA,
-                                                mlp_stage<OutputAndHidden, mlp_forward_kernels>));
-  }
   library.impl(
       "mlp", torch::dispatch(DispatchKey::AutocastCPU, mlp_stage<Tensor, mlp_autocast<at::kCPU>>));
   library.impl("mlp", torch::dispatch(DispatchKey::AutocastCUDA,

@@ -55,7 +55,9 @@ void test_exact_sums() {
           ++turn;
           Product::Options options;
           options.a = a, options.b = b;
-          options.bias = turn % 3 != 0;
+          options.epilogue_gradient = turn % 6 >= 4;
+          options.d_saved = turn % 12 == 4 ? Layout::kNegative : Layout::kRows;
+          options.bias = turn % 3 != 0 && !options.epilogue_gradient;
           options.bias_is_scalar = turn % 5 == 0;
           options.prologue = turn % 4 == 1;
           options.a_sum = turn % 3 == 1;

@@ -64,7 +64,7 @@ inline Product::Result compute(const cuda::GemmKernel& kernel, const Product& pr
                         moved(product.inputs.saved, product.saved.storage, *saved),
                         moved(product.inputs.d_saved, product.d_saved.storage, *d_saved),
                         a_sum.data() + bytes(Product::kGuard)};
-  const int error = kernel.run(desc, at, workspace.data(), device, nullptr);
+  const int error = cuda::run_row(kernel, desc, at, workspace.data(), device, nullptr);
   CHECK(error == 0, kernel.name << ' ' << product.name() << ": " << emulator::last_error());
   return {{d.data(), d.data() + d.size()}, {a_sum.data(), a_sum.data() + a_sum.size()}};
 }

@@ -79,8 +79,9 @@ void test_exact_sums(const cuda::GemmKernel& kernel) {
   }
 }
 
-/// Products that are multiplied by a gradient on their way out, in one chunk of k and in several.
-void test_epilogue_gradient(const cuda::GemmKernel& kernel) {
+/// Products that are multiplied by a gradient, on their way out or in a pass of its own; in one
+/// chunk of k and in several.
+void test_epilogue_gradient(cuda::GemmKernel kernel) {
   int turn = 0;
   for (const DType dtype : kDTypes) {
     for (const auto& [m, n, k] : sizes()) {
@@ -89,7 +90,9 @@ void test_epilogue_gradient(const cuda::GemmKernel& kernel) {
       options.bias = false;
       options.epilogue_gradient = true;
       options.d_saved = turn % 2 == 0 ? Layout::kRows : Layout::kNegative;
-      const Product product(dtype, m, n, k, options, integer, integer, testing::exact_saved);
+      Product product(dtype, m, n, k, options, integer, integer, testing::exact_saved);
+      if (turn % 4 == 0) product.desc.d_stride_m = n;
+      kernel.takes_epilogue_gradient = turn / 4 % 2 == 0;
       check_exact(kernel, product, compute(kernel, product));
     }
   }

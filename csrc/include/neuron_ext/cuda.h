@@ -111,7 +111,8 @@ struct ElementwiseDesc {
 Status activate(const ElementwiseDesc& desc, const void* x, void* y, const Device& device,
                 Stream stream);
 
-/// dx = dy f'(at saved), where saved is f's output (all activations here need their output).
+/// dx = dy f'(at saved), where saved is f's output (all activations here need their output). dx may
+/// be dy, of the same strides.
 Status activate_backward(const ElementwiseDesc& desc, const void* dy, const void* saved, void* dx,
                          const Device& device, Stream stream);
 
