@@ -361,12 +361,18 @@ def layer(
 
 
 def layer_backward(
-    arithmetic: Arithmetic, dy: Approx, x: Approx, weight: Approx, y: Approx | None
+    arithmetic: Arithmetic,
+    dy: Approx,
+    x: Approx,
+    weight: Approx,
+    y: Approx | None,
+    stores_dz: bool = False,
 ) -> tuple[Approx, Approx, Approx]:
     """dx, dW and db; `y` for a layer that ends in a sigmoid."""
     dz = dy if y is None else arithmetic.sigmoid_backward(dy, y)
-    if y is not None and arithmetic.dtype == torch.bfloat16:
-        dz = arithmetic.stored(dz)  # an operand of bf16 instructions, as it is in torch's layers
+    # Stored by the layer after it, or an operand of bf16 instructions; in torch's layers always.
+    if y is not None and (stores_dz or arithmetic.dtype == torch.bfloat16):
+        dz = arithmetic.stored(dz)
     return (
         arithmetic.stored(arithmetic.product(dz, weight)),
         arithmetic.stored(arithmetic.product(dz.rows().T, x.rows())),

@@ -99,7 +99,7 @@ def expected_results(
     for i in reversed(range(depth)):
         y = outputs[i + 1] if sigmoid[i] else None
         gradient, expected[f"dw{i}"], db = layer_backward(
-            arithmetic, gradient, outputs[i], exact(weights[i]), y
+            arithmetic, gradient, outputs[i], exact(weights[i]), y, stores_dz=i + 1 < depth
         )
         if biases[i] is not None:
             expected[f"db{i}"] = db
