@@ -57,6 +57,13 @@ EXPECTED = tuple(
         ("gemm_simt_kernel<float, 2>", ("sm_80", "sm_90a"), ("FFMA", "LDS.128")),
         ("gemm_simt_kernel<double, 2>", ("sm_80", "sm_90a"), ("DFMA", "LDS.128")),
         (
+            "gemm_sm80_kernel<neuron_ext::",  # of 16 bits
+            ("sm_80", "sm_90a"),
+            ("LDGSTS.E.BYPASS", "LDSM", "HMMA.16816", "STG.E.128"),
+        ),
+        ("gemm_sm80_kernel<float,", ("sm_80", "sm_90a"), ("LDGSTS.E.BYPASS", "HMMA", "STG.E.128")),
+        ("gemm_sm80_kernel<double,", ("sm_80", "sm_90a"), ("LDGSTS.E.BYPASS", "DMMA", "STG.E.128")),
+        (
             "gemm_sm90_kernel<",
             ("sm_90a",),
             ("HGMMA", "UTMALDG", "LDG.E.128", "LDSM", "STSM", "UTMASTG"),

@@ -26,6 +26,7 @@ struct GemmKernel {
 extern const GemmKernel gemv;
 extern const GemmKernel gemm_sm90;
 extern const GemmKernel gemm_sm90_f32;
+extern const GemmKernel gemm_sm80;
 extern const GemmKernel gemm_simt;
 
 /// A row's product, and what the row leaves of it.

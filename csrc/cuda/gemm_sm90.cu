@@ -238,11 +238,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 /// What the copy engine takes: contiguous one way, rows that don't overlap, multiples of 16 bytes.
 bool is_tileable(const void* base, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
                  std::int64_t column_stride) {
-  constexpr std::int64_t kAlignment = 16 / sizeof(BFloat16);
   constexpr std::int64_t kFurthest = (std::int64_t{1} << 40) / sizeof(BFloat16);
-  return column_stride == 1 && row_stride >= columns && row_stride % kAlignment == 0 &&
-         row_stride < kFurthest && rows <= kLargest && columns <= kLargest &&
-         reinterpret_cast<std::uintptr_t>(base) % 16 == 0;
+  return has_aligned_rows(DType::kBFloat16, base, rows, columns, row_stride, column_stride) &&
+         row_stride >= columns && row_stride < kFurthest;
 }
 
 /// An operand's side as is_tileable wants it, whichever of its indices is contiguous.
@@ -271,19 +269,6 @@ Operand a_of(const GemmDesc& desc, const GemmPointers& at) {
 }
 Operand b_of(const GemmDesc& desc, const GemmPointers& at) {
   return {at.b, desc.n, desc.k, desc.b_stride_n, desc.b_stride_k};
-}
-
-Cut cut_of(const GemmDesc& desc, const Device& device) {
-  const std::int64_t tiles_m = divide_up(desc.m, kM);
-  // The time of all tiles, in those of narrow ones: a wide one takes less than two, since each byte
-  // that is read serves more products (48 bytes a clock in place of 64, of the 80 that are seen
-  // from L2).
-  constexpr double kWide = 1.75;
-  const auto time = [&](int tile_n, double tile) {
-    return tile *
-           static_cast<double>(divide_up(tiles_m * divide_up(desc.n, tile_n), device.sm_count));
-  };
-  return make_cut(desc, time(256, kWide) <= time(128, 1) ? 256 : 128);
 }
 
 bool accepts(const GemmDesc& desc, const GemmPointers& at, const Device&) {
@@ -335,7 +320,7 @@ int run_as(const Problem& problem, const Device& device, Stream stream) {
 
 int run(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device& device,
         Stream stream) {
-  Problem problem{desc, at, cut_of(desc, device),
+  Problem problem{desc, at, choose_cut(desc, device, 256),
                   is_tileable(at.d, desc.m, desc.n, desc.d_stride_m, 1),
                   is_tileable(at.d_saved, desc.m, desc.n, desc.d_saved_stride_m, 1)};
   const int error = run_prologue(problem.desc, problem.at, workspace, stream);

@@ -1,9 +1,10 @@
-// What the products on sm_90a's tensor cores share: the shape of a block, the order of its tiles,
-// its ring of stages, and operands in shared memory.
+// What the products on sm_90a's tensor cores share: the shape of a block, its ring of stages, and
+// operands in shared memory.
 #pragma once
 
 #include <cstdint>
 
+#include "gemm_tiles.cuh"
 #include "neuron_ext/gemm.h"
 #include "ptx/mbarrier.cuh"
 #include "ptx/numbers.cuh"
@@ -16,7 +17,7 @@ namespace {
 
 using ptx::Major;
 
-constexpr int kM = 128, kK = 64;        // of a tile; kK is a swizzle's span
+constexpr int kK = 64;                  // of a tile: a swizzle's span
 constexpr int kConsumers = 2;           // warpgroups that multiply
 constexpr int kRows = kM / kConsumers;  // of one of them
 constexpr int kThreads = (1 + kConsumers) * ptx::kWarpgroup;
@@ -24,39 +25,6 @@ constexpr int kThreads = (1 + kConsumers) * ptx::kWarpgroup;
 // What the warpgroups do with 65536 registers: 232 leave room beside 128 sums.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * ptx::kWarpgroup <= 65536);
-
-inline std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
-
-// Rows or columns of a matrix: with what the last tile adds, an int.
-constexpr std::int64_t kLargest = (std::int64_t{1} << 31) - 256;
-
-struct TilePlace {
-  int i, j;  // the first row and column
-};
-
-/// How the work is cut, which leaves results as they are.
-struct Cut {
-  int tile_n;
-  std::int64_t tiles_m, tiles_n, tiles;
-
-  /// Tiles in the order in which blocks take them: down 16 rows of tiles, then the next column. The
-  /// 132 that an H100 has under way then read 2048 rows and about as many columns, the fewest that
-  /// can be, and those of A stay in L2 for the whole width.
-  template <int kN>
-  NEURON_EXT_DEVICE TilePlace place(std::int64_t tile) const {
-    constexpr std::int64_t kBand = 16;
-    const std::int64_t band = tile / (kBand * tiles_n), rest = tile % (kBand * tiles_n);
-    const std::int64_t below = tiles_m - band * kBand;
-    const std::int64_t height = below < kBand ? below : kBand;
-    return {static_cast<int>(band * kBand + rest % height) * kM,
-            static_cast<int>(rest / height) * kN};
-  }
-};
-
-inline Cut make_cut(const GemmDesc& desc, int tile_n) {
-  const std::int64_t tiles_m = divide_up(desc.m, kM), tiles_n = divide_up(desc.n, tile_n);
-  return {tile_n, tiles_m, tiles_n, tiles_m * tiles_n};
-}
 
 /// The stage that is next, and the parity of its phase.
 template <int kStages>

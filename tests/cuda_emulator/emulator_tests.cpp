@@ -58,13 +58,15 @@ T element(int value) {
   return cpu::narrow<T>(static_cast<cpu::Accumulator<T>>(value));
 }
 
-/// rows x columns of small integers, or its transpose; `seed` tells operands apart.
+/// rows x columns of small integers, or its transpose; `seed` tells operands apart. Rows that
+/// aren't transposed are `pitch` apart, or without gaps.
 template <class T>
-void fill(GlobalArray& array, int rows, int columns, bool transposed, int seed) {
+void fill(GlobalArray& array, int rows, int columns, bool transposed, int seed, int pitch = 0) {
   T* const data = reinterpret_cast<T*>(array.data());
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < columns; ++j) {
-      data[transposed ? j * rows + i : i * columns + j] = element<T>(integer(i + seed, j));
+      data[transposed ? j * rows + i : i * (pitch == 0 ? columns : pitch) + j] =
+          element<T>(integer(i + seed, j));
     }
   }
   array.set_written();
@@ -116,9 +118,10 @@ std::string run_simt(int m, int n, int k, Mistake mistake) {
 }
 
 std::string run_mma(int m, int n, int k, bool b_is_kn, Mistake mistake) {
-  GlobalArray a(size(m, k, 2), "A"), b(size(n, k, 2), "B"), d(size(m, n, 4), "D");
-  fill<BFloat16>(a, m, k, false, kSeedA);
-  fill<BFloat16>(b, n, k, b_is_kn, kSeedB);
+  const int pitch = (k + 7) / 8 * 8;
+  GlobalArray a(size(m, pitch, 2), "A"), b(size(n, pitch, 2), "B"), d(size(m, n, 4), "D");
+  fill<BFloat16>(a, m, k, false, kSeedA, pitch);
+  fill<BFloat16>(b, n, k, b_is_kn, kSeedB, pitch);
   const std::string error =
       error_of(multiply_mma({m, n, k, a.data(), b.data(), d.data()}, b_is_kn, mistake, nullptr));
   return error.empty() ? compare<float>(d, m, n, k, 1) : error;
@@ -176,6 +179,7 @@ void test_kernels() {
     for (const bool b_is_kn : {false, true}) {
       check(run_mma(1, 8, 8, b_is_kn, Mistake::kNone), "mma");
       check(run_mma(70, 40, 168, b_is_kn, Mistake::kNone), "mma");
+      check(run_mma(33, 48, 77, b_is_kn, Mistake::kNone), "mma");
     }
     for (int variant = 0; variant < 8; ++variant) {
       const WgmmaVariant options{(variant & 1) != 0, (variant & 2) != 0, (variant & 4) != 0};
@@ -191,8 +195,9 @@ void test_kernels() {
 
 void test_warp_products() {
   settings() = {};
-  for (const WarpMma mma : {WarpMma::kBFloat16, WarpMma::kFloat16, WarpMma::kTf32,
-                            WarpMma::kFloat64Narrow, WarpMma::kFloat64Wide}) {
+  for (const WarpMma mma :
+       {WarpMma::kBFloat16, WarpMma::kFloat16, WarpMma::kTf32, WarpMma::kFloat64Narrow,
+        WarpMma::kFloat64Tall, WarpMma::kFloat64Wide}) {
     const auto [m, n, k] = shape_of(mma);
     GlobalArray a(size(m, k, 8), "A"), b(size(k, n, 8), "B"), d(size(m, n, 8), "D");
     fill<double>(a, m, k, false, kSeedA);
@@ -329,7 +334,7 @@ std::string run_planted(const Planted& planted) {
   const std::string kernel = planted.kernel;
   if (kernel == "Simt") return run_simt(35, 36, 21, planted.mistake);
   if (kernel == "Mma") {
-    return run_mma(70, 40, 168, planted.mistake == Mistake::kMmaNotTransposed, planted.mistake);
+    return run_mma(70, 40, 165, planted.mistake == Mistake::kMmaNotTransposed, planted.mistake);
   }
   if (kernel == "Wgmma") {
     const bool doubles_a = planted.mistake == Mistake::kWgmmaNoProxyFence ||

@@ -79,22 +79,27 @@ __global__ void __launch_bounds__(128)
   const int wi = warp / 2 * 16, wj = warp % 2 * 16;
   const int steps = (k + kMmaK - 1) / kMmaK;
   const int row = thread / 4, column = thread % 4 * 8;  // 32 rows of 4 pieces of 8 elements
+  const int pitch = (k + 7) / 8 * 8;
 
   const auto load = [&](int stage, int k0) {
     const bool a_valid = i0 + row < m && k0 + column < k;
     const bool reads_anyway = mistake == Mistake::kMmaCopyOutOfBounds;
     const int shift = mistake == Mistake::kMmaCopyMisaligned ? 4 : 0;
-    ptx::copy_async<16>(&a_tiles[stage][row][column + shift],
-                        a_valid || reads_anyway ? a + (i0 + row) * k + k0 + column : a,
-                        a_valid || reads_anyway);
+    const int left = mistake == Mistake::kMmaCopiesPastK ? 8 : k - k0 - column;
+    const int bytes = left < 8 ? 2 * left : 16;
+    ptx::copy_part_async<16>(&a_tiles[stage][row][column + shift],
+                             a_valid || reads_anyway ? a + (i0 + row) * pitch + k0 + column : a,
+                             a_valid        ? bytes
+                             : reads_anyway ? 16
+                                            : 0);
     if (b_is_kn) {  // rows are k
       const bool valid = k0 + row < k && j0 + column < n;
       ptx::copy_async<16>(&b_tiles[stage][row][column],
                           valid ? b + (k0 + row) * n + j0 + column : b, valid);
     } else {
       const bool valid = j0 + row < n && k0 + column < k;
-      ptx::copy_async<16>(&b_tiles[stage][row][column],
-                          valid ? b + (j0 + row) * k + k0 + column : b, valid);
+      ptx::copy_part_async<16>(&b_tiles[stage][row][column],
+                               valid ? b + (j0 + row) * pitch + k0 + column : b, valid ? bytes : 0);
     }
   };
   const auto commit = [&] {
@@ -443,6 +448,15 @@ __global__ void multiply_warp_f64_narrow(const double* a, const double* b, doubl
   for (int e = 0; e < 2; ++e) d[g * 8 + 2 * t + e] = sums[e];
 }
 
+__global__ void multiply_warp_f64_tall(const double* a, const double* b, double* d) {
+  const int lane = ptx::lane_id(), g = lane / 4, t = lane % 4;
+  double a_elements[2], sums[4];
+  for (int e = 0; e < 2; ++e) a_elements[e] = a[(g + 8 * e) * 4 + t];
+  for (int e = 0; e < 4; ++e) sums[e] = d[(g + 8 * (e / 2)) * 8 + 2 * t + e % 2];
+  ptx::mma_16x8x4(sums, a_elements, b[t * 8 + g]);
+  for (int e = 0; e < 4; ++e) d[(g + 8 * (e / 2)) * 8 + 2 * t + e % 2] = sums[e];
+}
+
 __global__ void multiply_warp_f64_wide(const double* a, const double* b, double* d) {
 #if NEURON_EXT_HAS_SM90A
   const int lane = ptx::lane_id(), g = lane / 4, t = lane % 4;
@@ -649,6 +663,8 @@ WarpShape shape_of(WarpMma mma) {
       return {16, 8, 8};
     case WarpMma::kFloat64Narrow:
       return {8, 8, 4};
+    case WarpMma::kFloat64Tall:
+      return {16, 8, 4};
     default:
       return {16, 8, 16};
   }
@@ -665,6 +681,8 @@ int multiply_warp(WarpMma mma, const double* a, const double* b, double* d, void
         return multiply_warp_tf32;
       case WarpMma::kFloat64Narrow:
         return multiply_warp_f64_narrow;
+      case WarpMma::kFloat64Tall:
+        return multiply_warp_f64_tall;
       case WarpMma::kFloat64Wide:
         break;
     }

@@ -28,6 +28,7 @@ namespace neuron_ext::emulator_tests {
   MISTAKE(Mma, RefillsTooEarly, "fills a stage that others still read")                 \
   MISTAKE(Mma, CopyMisaligned, "copies 16 bytes to half of that alignment")             \
   MISTAKE(Mma, CopyOutOfBounds, "copies rows beyond the matrix")                        \
+  MISTAKE(Mma, CopiesPastK, "copies all of a piece that is partly beyond the last k")   \
   MISTAKE(Mma, RowMisaligned, "a load_matrices row not aligned to 16 bytes")            \
   MISTAKE(Mma, RowOutOfBounds, "a load_matrices row beyond the tile")                   \
   MISTAKE(Mma, RowsExchanged, "load_matrices addresses in another order")               \
@@ -84,8 +85,8 @@ struct Product {
 /// f32, through shared memory.
 int multiply_simt(const Product& product, Mistake mistake, void* stream);
 
-/// Of bf16, with f32 results; copy_async in three stages, load_matrices, mma. A multiple of 8 k.
-/// `b_is_kn`: B is k x n instead, n a multiple of 8.
+/// Of bf16, with f32 results; copy_async in three stages, load_matrices, mma. Rows of k begin at
+/// multiples of 8 elements. `b_is_kn`: B is k x n instead, n a multiple of 8.
 int multiply_mma(const Product& product, bool b_is_kn, Mistake mistake, void* stream);
 
 /// Of bf16, with bf16 results; tma_load in a ring of mbarriers, wgmma, store_matrices, tma_store.
@@ -107,7 +108,7 @@ int sum_warps(const float* x, int warps, float* y, Mistake mistake, void* stream
 
 // ---- single instructions -----------------------------------------------------------------------
 
-enum class WarpMma { kBFloat16, kFloat16, kTf32, kFloat64Narrow, kFloat64Wide };
+enum class WarpMma { kBFloat16, kFloat16, kTf32, kFloat64Narrow, kFloat64Tall, kFloat64Wide };
 
 /// d (m x n) += a (m x k) b (k x n) of one mma's shape, in f64 (rounded to the operands' type by
 /// the caller). A warp loads the fragments element by element.

@@ -6,24 +6,30 @@
 
 namespace neuron_ext::cuda::ptx {
 
-/// Copies kBytes (4, 8 or 16, the alignment of both), or, where not `valid`, writes as many zeros
-/// and reads nothing.
+/// Copies the first `count` of kBytes (4, 8 or 16, the alignment of both) and writes zeros for the
+/// others, which it doesn't read.
 template <int kBytes>
-NEURON_EXT_DEVICE void copy_async(void* shared, const void* global, bool valid) {
+NEURON_EXT_DEVICE void copy_part_async(void* shared, const void* global, int count) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
 #ifdef NEURON_EXT_CUDA_EMULATOR
-  emulator::copy_async(shared, global, kBytes, valid ? kBytes : 0);
+  emulator::copy_async(shared, global, kBytes, count);
 #else
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(valid ? 16 : 0)
+                 "l"(global), "r"(count)
                  : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
-                 "l"(global), "n"(kBytes), "r"(valid ? kBytes : 0)
+                 "l"(global), "n"(kBytes), "r"(count)
                  : "memory");
   }
 #endif
+}
+
+/// All of kBytes, or, where not `valid`, as many zeros.
+template <int kBytes>
+NEURON_EXT_DEVICE void copy_async(void* shared, const void* global, bool valid) {
+  copy_part_async<kBytes>(shared, global, valid ? kBytes : 0);
 }
 
 /// Ends a group: this thread's copies since the last.

@@ -9,6 +9,7 @@
 //   tf32,   A 16 x 8    register r            row g + 8 (r % 2), column t + 4 (r / 2)
 //   tf32,   B 8 x 8     register r            row t + 4 r,       column g
 //   f64,    A 8 x 4, B 4 x 8, D 8 x 8         A (g, t), B (t, g), D (g, 2 t + e)
+//   f64,    A 16 x 4    element e             row g + 8 e, column t
 //   f64,    A 16 x 16   element e             row g + 8 (e % 2), column t + 4 (e / 2)
 //   f64,    B 16 x 8    element e             row t + 4 e,       column g
 #pragma once
@@ -135,6 +136,27 @@ NEURON_EXT_DEVICE void mma_8x8x4(double (&d)[2], double a, double b) {
   asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
                : "+d"(d[0]), "+d"(d[1])
                : "d"(a), "d"(b));
+#endif
+}
+
+/// One instruction from sm_90 on, before that two.
+NEURON_EXT_DEVICE void mma_16x8x4(double (&d)[4], const double (&a)[2], double b) {
+#ifdef NEURON_EXT_CUDA_EMULATOR
+  emulator::mma_8x8x4(d, a[0], b);
+  emulator::mma_8x8x4(d + 2, a[1], b);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64"
+      " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
+      : "d"(a[0]), "d"(a[1]), "d"(b));
+#else
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                 : "+d"(d[2 * e]), "+d"(d[2 * e + 1])
+                 : "d"(a[e]), "d"(b));
+  }
 #endif
 }
 

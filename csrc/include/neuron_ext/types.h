@@ -49,7 +49,7 @@ constexpr const char* name_of(DType dtype) {
 enum class Precision : std::uint8_t {
   kStrict,   // as f32 multiply-adds
   kHighest,  // no less accurate than those; on bf16 engines as six products of bf16
-  kHigh,     // at least 15 bits of every product: three of bf16
+  kHigh,     // at least 10 bits of every product: three of bf16, or one of tf32
   kMedium,   // 7 bits: one
 };
 
