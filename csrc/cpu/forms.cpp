@@ -41,12 +41,20 @@ bool has_long_column(const GemmDesc& desc) {
          (desc.k <= kFew || desc.a_stride_m == 1) && desc.k <= 64 && !desc.has_a_sum;
 }
 
+bool has_contiguous_rows(const GemmDesc& desc) {
+  return desc.a_stride_k == 1 &&
+         (desc.prologue == Activation::kIdentity || desc.saved_stride_k == 1);
+}
+
 bool has_long_rows(const GemmDesc& desc) {
-  if (desc.deciding_m() < kLong || desc.k == 0 || desc.k > 64 || desc.n > 256 || desc.has_a_sum ||
-      desc.a_stride_k != 1) {
+  // B as the strips meet it, in an L2 cache.
+  constexpr std::int64_t kLargestB = 1 << 14;
+  if (desc.deciding_m() < kLong || desc.k == 0 || desc.n == 0 || desc.k > 64 ||
+      desc.n * desc.k > kLargestB) {
     return false;
   }
-  if (desc.prologue != Activation::kIdentity) return desc.saved_stride_k == 1;
+  if (!has_contiguous_columns(desc) && (!has_contiguous_rows(desc) || desc.has_a_sum)) return false;
+  if (desc.prologue != Activation::kIdentity) return true;
   // Multiply-adds of vectors for a row of D: of B's rows, or along k and then across lanes.
   const std::int64_t lanes = 64 / accumulator_size(desc.dtype);
   const std::int64_t of_rows = desc.k * divide_up(desc.n, lanes) + 3;
@@ -55,10 +63,8 @@ bool has_long_rows(const GemmDesc& desc) {
 }
 
 bool has_long_sums(const GemmDesc& desc) {
-  const bool contiguous =
-      desc.a_stride_m == 1 && (desc.prologue == Activation::kIdentity || desc.saved_stride_m == 1);
   return desc.k >= kLong && desc.deciding_m() > 0 && desc.deciding_m() <= 32 && desc.n <= 256 &&
-         contiguous && desc.b_stride_n == 1 && !desc.has_bias;
+         has_contiguous_columns(desc) && desc.b_stride_n == 1 && !desc.has_bias;
 }
 
 }  // namespace
@@ -79,6 +85,11 @@ const char* name_of(Form form) {
       return "long sums";
   }
   return "?";
+}
+
+bool has_contiguous_columns(const GemmDesc& desc) {
+  return desc.a_stride_m == 1 &&
+         (desc.prologue == Activation::kIdentity || desc.saved_stride_m == 1);
 }
 
 Form form_of(const GemmDesc& desc) {
@@ -106,14 +117,16 @@ bool is_long(const GemmDesc& desc) {
   return form == Form::kLongColumn || form == Form::kLongRows || form == Form::kLongSums;
 }
 
-bool is_long_and_wide(const GemmDesc& desc) {
-  // Below, putting two k in a place takes longer than it saves.
-  constexpr std::int64_t kWide = 384;
+bool is_long_in_pairs(const GemmDesc& desc) {
+  // Two k in a place gain where A's rows lie there in pairs. Else, putting them together pays from
+  // so many multiply-adds on: for a row of D (Zen 4: 640 lose, 832 gain), or for a k of sums, where
+  // both operands' rows are interleaved.
+  constexpr std::int64_t kWideRow = 768, kWideSum = 384;
   switch (form_of(desc)) {
     case Form::kLongRows:
-      return desc.n * desc.k >= kWide;
+      return (desc.k % 2 == 0 && desc.a_stride_k == 1) || desc.n * desc.k >= kWideRow;
     case Form::kLongSums:
-      return desc.deciding_m() * desc.n >= kWide;
+      return desc.deciding_m() * desc.n >= kWideSum;
     default:
       return false;
   }

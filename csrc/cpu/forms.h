@@ -19,4 +19,7 @@ const char* name_of(Form form);
 
 Form form_of(const GemmDesc& desc);
 
+/// Whether A, and what its prologue takes, are stored column by column.
+bool has_contiguous_columns(const GemmDesc& desc);
+
 }  // namespace neuron_ext::cpu

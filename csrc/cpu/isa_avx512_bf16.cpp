@@ -142,7 +142,7 @@ consteval GemmKernel narrow_pairs_kernel() {
 
 consteval GemmKernel strips_pairs_kernel() {
   GemmKernel kernel = strips_kernel<VectorBf16>("gemm_strips_bf16_avx512_bf16", kIsa);
-  kernel.accepts = is_long_and_wide;
+  kernel.accepts = is_long_in_pairs;
   kernel.kr = 2;
   kernel.multiply_strip = multiply_strip<VectorPairs>;
   kernel.careful_multiply_strip = multiply_strip<VectorPairs::Careful>;

@@ -129,7 +129,7 @@ void run_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointe
 void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                  const ParallelFor& parallel_for);
 bool is_long(const GemmDesc& desc);
-bool is_long_and_wide(const GemmDesc& desc);
+bool is_long_in_pairs(const GemmDesc& desc);
 bool is_narrow(const GemmDesc& desc);
 bool is_streamed(const GemmDesc& desc);
 bool is_any(const GemmDesc& desc);

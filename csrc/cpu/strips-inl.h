@@ -100,23 +100,35 @@ void strip_block(std::int64_t k, const Scalar<V>* a, std::int64_t a_stride_m,
   }
 }
 
-/// The same for all m rows and n columns. Where rows of the tile overlap, in their last vectors,
-/// those further down win: n is then at most a vector.
+/// The same for all m rows and n columns. Rows of the tile may overlap, in their last vectors,
+/// where those further down win: so rows go downwards, and the vectors of each few rows from the
+/// last one.
 template <class V>
 void multiply_strip(std::int64_t m, std::int64_t n, std::int64_t k, const void* a,
                     std::int64_t a_stride_m, std::int64_t a_stride_k, const void* b,
                     std::int64_t b_stride, const void* start, std::int64_t start_stride, void* tile,
                     std::int64_t tile_stride) {
+  // Of rows of a single vector more, or an instruction's latency leaves half of its places empty.
   constexpr int kRowGroup = V::kRegisters >= 32 ? 4 : 2, kVectorGroup = 4;
   const auto *a_base = static_cast<const Scalar<V>*>(a), *b_base = static_cast<const Scalar<V>*>(b);
   const auto* from = static_cast<const Scalar<V>*>(start);
   auto* to = static_cast<Scalar<V>*>(tile);
-  in_groups<kVectorGroup>(0, (n + V::kLanes - 1) / V::kLanes, [&](std::int64_t v, auto vectors) {
+  const auto block = [&](std::int64_t i, auto rows, std::int64_t v, auto vectors) {
     const std::int64_t j = v * V::kLanes;
-    in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto rows) {
-      strip_block<V, rows.value, vectors.value>(
-          k, a_base + i * a_stride_m, a_stride_m, a_stride_k, b_base + j, b_stride,
-          from + i * start_stride + j, start_stride, to + i * tile_stride + j, tile_stride);
+    strip_block<V, rows.value, vectors.value>(k, a_base + i * a_stride_m, a_stride_m, a_stride_k,
+                                              b_base + j, b_stride, from + i * start_stride + j,
+                                              start_stride, to + i * tile_stride + j, tile_stride);
+  };
+  const std::int64_t all = (n + V::kLanes - 1) / V::kLanes;
+  if (all == 1) {
+    constexpr std::integral_constant<int, 1> kOneVector;
+    in_groups<2 * kRowGroup>(0, m,
+                             [&](std::int64_t i, auto rows) { block(i, rows, 0, kOneVector); });
+    return;
+  }
+  in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto rows) {
+    in_groups<kVectorGroup>(0, all, [&](std::int64_t v, auto vectors) {
+      block(i, rows, all - v - vectors.value, vectors);
     });
   });
 }

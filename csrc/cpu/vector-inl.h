@@ -11,7 +11,7 @@
 //   widen(h), narrow(x)     f16 bits to and from f32; only where Scalar is float
 //   to_bf16(x)              the bf16 nearest to x, if the ISA can do it; the same for f32
 //   load_partial(p, count), store_partial(p, x, count)
-//                           masked moves of Scalar, if the ISA has them
+//                           masked moves of Scalar, and of Halves, if the ISA has them
 //
 // A V is named in an unnamed namespace, so everything made from it has internal linkage: the linker
 // can't merge code for one ISA with another's. For the same reason nothing here calls a function
@@ -78,18 +78,22 @@ Reg<V> load(const Scalar<V>* p) {
   return x;
 }
 
-template <class V>
-Reg<V> load(const BFloat16* p) {
-  Halves<V> h;
-  __builtin_memcpy(&h, p, sizeof h);
-  return reinterpret_cast<Reg<V>>(__builtin_convertvector(h, Words<V>) << 16);
+/// The bits of T, one of the 16-bit types, as f32.
+template <class V, class T>
+Reg<V> widen_halves(Halves<V> h) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return reinterpret_cast<Reg<V>>(__builtin_convertvector(h, Words<V>) << 16);
+  } else {
+    return V::widen(h);
+  }
 }
 
-template <class V>
-Reg<V> load(const Float16* p) {
+template <class V, class T>
+  requires(sizeof(T) == 2)
+Reg<V> load(const T* p) {
   Halves<V> h;
   __builtin_memcpy(&h, p, sizeof h);
-  return V::widen(h);
+  return widen_halves<V, T>(h);
 }
 
 /// Every kStride-th element from p on, picked from kStride vectors, the last of which ends where
@@ -128,8 +132,11 @@ template <class V, class T>
 
 template <class V, class T>
 Reg<V> load_partial(const T* p, std::int64_t count) {
-  if constexpr (requires { V::load_partial(p, count); }) {
-    return V::load_partial(p, count);
+  if constexpr (requires(const Scalar<V>* scalars) { V::load_partial(scalars, count); }) {
+    if constexpr (sizeof(T) == 2)
+      return widen_halves<V, T>(V::load_partial(&p->bits, count));
+    else
+      return V::load_partial(p, count);
   } else {
     return load_strided<V>(p, 1, count);
   }
@@ -172,15 +179,20 @@ Halves<V> to_bf16(Reg<V> x) {
   }
 }
 
-template <class V>
-void store(BFloat16* p, Reg<V> x) {
-  const Halves<V> h = to_bf16<V>(x);
-  __builtin_memcpy(p, &h, sizeof h);
+/// The bits of the T, one of the 16-bit types, nearest to x.
+template <class V, class T>
+Halves<V> narrow_halves(Reg<V> x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return to_bf16<V>(x);
+  } else {
+    return V::narrow(x);
+  }
 }
 
-template <class V>
-void store(Float16* p, Reg<V> x) {
-  const Halves<V> h = V::narrow(x);
+template <class V, class T>
+  requires(sizeof(T) == 2)
+void store(T* p, Reg<V> x) {
+  const Halves<V> h = narrow_halves<V, T>(x);
   __builtin_memcpy(p, &h, sizeof h);
 }
 
@@ -189,8 +201,11 @@ template <class V, class T>
 void store(T* p, Reg<V> x, std::int64_t count) {
   if (count == V::kLanes) {
     store<V>(p, x);
-  } else if constexpr (requires { V::store_partial(p, x, count); }) {
-    V::store_partial(p, x, count);
+  } else if constexpr (requires(Scalar<V>* scalars) { V::store_partial(scalars, x, count); }) {
+    if constexpr (sizeof(T) == 2)
+      V::store_partial(&p->bits, narrow_halves<V, T>(x), count);
+    else
+      V::store_partial(p, x, count);
   } else {
     T lanes[V::kLanes];
     store<V>(lanes, x);

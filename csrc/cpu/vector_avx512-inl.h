@@ -31,6 +31,12 @@ struct VectorF32 {
   static void store_partial(float* p, Reg x, std::int64_t count) {
     _mm512_mask_storeu_ps(p, first(count), x);
   }
+  static Halves<VectorF32> load_partial(const std::uint16_t* p, std::int64_t count) {
+    return reinterpret_cast<Halves<VectorF32>>(_mm256_maskz_loadu_epi16(first(count), p));
+  }
+  static void store_partial(std::uint16_t* p, Halves<VectorF32> h, std::int64_t count) {
+    _mm256_mask_storeu_epi16(p, first(count), reinterpret_cast<__m256i>(h));
+  }
   static __mmask16 first(std::int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 };
 

@@ -58,6 +58,24 @@ void test_few_features_are_exact() {
   }
 }
 
+/// Few terms of many sums, of a small batch's weight gradient among them, and rows of D that don't
+/// end with a vector.
+void test_few_terms_are_exact() {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t few : {1, 2, 3, 8, 13}) {
+      for (std::int64_t wide : {64, 77, 300, 1024 + 5}) {
+        check_exact(layer_product('f', dtype, 70, few, wide, integer, integer, exact_saved));
+        check_exact(layer_product('d', dtype, 70, wide, few, integer, integer, exact_saved));
+        check_exact(layer_product('w', dtype, few, wide, 70, integer, integer, exact_saved));
+        Product::Options options;
+        options.a = Layout::kColumns;
+        options.b = Layout::kRows;
+        check_exact(Product(dtype, 70, wide, few, options, integer, integer, exact_saved));
+      }
+    }
+  }
+}
+
 void test_few_rows_are_exact() {
   for (DType dtype : kDTypes) {
     // Several blocks of k, on every remainder of the groups of rows and columns.
@@ -193,6 +211,7 @@ void test_forms() {
 
 int main() {
   test_few_features_are_exact();
+  test_few_terms_are_exact();
   test_few_rows_are_exact();
   test_long_sums_are_accurate();
   test_nothing_leaks();
