@@ -192,7 +192,9 @@ def test_gradients(kernels, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 600, 40), (5, 70, 300), (300, 9, 2), (200, 3, 70)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 600, 40), (5, 70, 300), (40, 128, 72), (300, 9, 2), (200, 3, 70)], ids=str
+)
 def test_layers_with_few_rows_or_columns(kernels, shape, dtype):
     batch, inputs, outputs = shape
     x = torch.randint(-3, 4, (batch, inputs)).to(dtype)

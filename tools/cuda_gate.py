@@ -52,6 +52,8 @@ EXPECTED = tuple(
     Expected(kernel, target, needs)
     for kernel, targets, needs in (
         ("map_contiguous<", ("sm_80", "sm_90a"), ("LDG.E.128", "STG.E.128")),
+        ("gemm_narrow_along_kernel<", ("sm_80", "sm_90a"), ("HMMA", "LDG.E.128")),
+        ("gemm_narrow_across_kernel<", ("sm_80", "sm_90a"), ("HMMA", "LDG.E.128")),
         ("gemv_along_kernel<", ("sm_80", "sm_90a"), ("LDG.E.128",)),
         ("gemv_across_kernel<", ("sm_80", "sm_90a"), ("LDG.E.128",)),
         ("gemm_simt_kernel<float, 2>", ("sm_80", "sm_90a"), ("FFMA", "LDS.128")),

@@ -14,7 +14,7 @@ namespace {
 
 /// In the order in which they're tried; the last one takes everything.
 constexpr const GemmKernel* kKernels[] = {
-    &gemv, &gemm_sm90, &gemm_sm90_f32, &gemm_sm80, &gemm_simt,
+    &gemv, &gemm_narrow, &gemm_sm90, &gemm_sm90_f32, &gemm_sm80, &gemm_simt,
 };
 
 const GemmKernel& choose(const GemmDesc& desc, const GemmPointers& at, const Device& device) {

@@ -24,6 +24,7 @@ struct GemmKernel {
 };
 
 extern const GemmKernel gemv;
+extern const GemmKernel gemm_narrow;
 extern const GemmKernel gemm_sm90;
 extern const GemmKernel gemm_sm90_f32;
 extern const GemmKernel gemm_sm80;
