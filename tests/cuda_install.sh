@@ -40,16 +40,17 @@ import torch
 assert torch.version.cuda is not None, f"torch {torch.__version__} is not a CUDA build"
 PYTHON
 export NEURON_EXT_CUDA=1
-pip install .
 
-# The package in the checkout has no compiled module.
+# First, since the package in a checkout takes an installed one's compiled module.
 TORCH_EXTENSIONS_DIR=$folder/cuda/jit python - <<'PYTHON'
 from neuron_ext import jit
 
 neuron_ext = jit.load()
 print(neuron_ext.show_config())
-assert neuron_ext.backends.cuda_is_built()
+assert "/jit/" in neuron_ext._C.__file__ and neuron_ext.backends.cuda_is_built()
 PYTHON
+
+pip install .
 
 export CMAKE_BUILD_PARALLEL_LEVEL=${MAX_JOBS:-$(nproc)}
 torch_cmake=$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')
