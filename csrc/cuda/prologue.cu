@@ -32,9 +32,11 @@ struct Step {
   Source a, saved;
   void* result;  // null: only sums
   std::int64_t result_stride;
-  // Rows are summed in slabs, slab by slab in blocks of their own, then those sums in order.
+  // Rows are summed in slabs, slab by slab in blocks of their own, then those sums in order. One
+  // slab's sums are the result: a launch less, of the few that a small layer's time is.
   std::int64_t slab, slabs;
-  void* slab_sums;  // (slab, inner); null: none
+  void* slab_sums;  // (slab, inner)
+  void* sums;       // of the only slab; both null: none are asked for
 };
 
 std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
@@ -75,14 +77,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   }
 
-  if (step.slab_sums == nullptr) return;
+  if (step.slab_sums == nullptr && step.sums == nullptr) return;
 #pragma unroll
   for (int e = 0; e < kVector<T>; ++e) row_sums[row][lane * kVector<T> + e] = sums[e];
   ptx::block_sync();
   if (thread >= kWidth || x0 + thread >= step.inner) return;
   S sum = 0;
   for (int r = 0; r < kRows; ++r) sum += row_sums[r][thread];
-  static_cast<S*>(step.slab_sums)[blockIdx.y * step.inner + x0 + thread] = sum;
+  if (step.sums != nullptr) {
+    static_cast<T*>(step.sums)[x0 + thread] = ptx::narrow<T>(sum);
+  } else {
+    static_cast<S*>(step.slab_sums)[blockIdx.y * step.inner + x0 + thread] = sum;
+  }
 }
 
 /// Sums need rows that run across k, however A lies.
@@ -130,7 +136,8 @@ std::size_t prologue_workspace(const GemmDesc& desc) {
   if (desc.prologue == Activation::kIdentity && !desc.has_a_sum) return 0;
   const Step step = step_of(desc);
   constexpr std::int64_t kLargestSum = 8;
-  const std::int64_t sums = desc.has_a_sum ? step.slabs * step.inner * kLargestSum : 0;
+  const bool has_slab_sums = desc.has_a_sum && step.slabs > 1;
+  const std::int64_t sums = has_slab_sums ? step.slabs * step.inner * kLargestSum : 0;
   return static_cast<std::size_t>(result_bytes(step, desc.dtype) + sums);
 }
 
@@ -147,7 +154,9 @@ int run_prologue(GemmDesc& desc, GemmPointers& at, void* workspace, Stream strea
   step.a = source(at.a, desc.a_stride_m, desc.a_stride_k);
   step.saved = source(at.saved, desc.saved_stride_m, desc.saved_stride_k);
   if (has_prologue) step.result = workspace;
-  if (desc.has_a_sum) {
+  if (desc.has_a_sum && step.slabs == 1) {
+    step.sums = at.a_sum;
+  } else if (desc.has_a_sum) {
     step.slab_sums = static_cast<std::byte*>(workspace) + result_bytes(step, desc.dtype);
   }
   int error = visit_dtype(desc.dtype, [&]<class T>(T*) { return launch_step<T>(step, stream); });
