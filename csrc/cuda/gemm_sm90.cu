@@ -95,13 +95,12 @@ NEURON_EXT_DEVICE void load_saved(const Problem& problem, Part<T>& part, int i0,
   for (int v = thread; v < kRows * kVectors; v += ptx::kWarpgroup) {
     const int row = v / kVectors, vector = v % kVectors;
     const std::int64_t i = i0 + row, j = j0 + vector * kVector;
-    if (i >= desc.m || j >= desc.n) continue;
     const T* const from = static_cast<const T*>(problem.at.d_saved) + i * desc.d_saved_stride_m + j;
     T* const to = part + row * kColumns + (vector ^ row % 8) * kVector;
-    if (problem.d_saved_is_vectors && j + kVector <= desc.n) {
+    if (problem.d_saved_is_vectors && i < desc.m && j + kVector <= desc.n) {
       *reinterpret_cast<ptx::Bytes16*>(to) = ptx::load_16_bytes(from);
-    } else {
-      for (int e = 0; e < kVector && j + e < desc.n; ++e) to[e] = from[e];
+    } else {  // beyond D something, too, since whole matrices are read
+      for (int e = 0; e < kVector; ++e) to[e] = i < desc.m && j + e < desc.n ? from[e] : T{};
     }
   }
 }
