@@ -91,9 +91,16 @@ def test_backward_operations() -> None:
 # ---- values, on a GPU
 
 
+# All three products on tensor cores, in several tiles with edges; where rows aren't aligned, f32's.
+TILED_SHAPES: dict[str, cases.Shape] = {
+    "several tiles": ((392,), 264, 520),
+    "several tiles, odd": ((389,), 261, 517),
+}
+
+
 @needs_gpu
 @cases.each_dtype_with_reference
-@cases.each_shape(cases.SHAPES)
+@cases.each_shape(cases.SHAPES | TILED_SHAPES)
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["linear", "linear_sigmoid"])
 def test_layer_and_gradients(shape: cases.Shape, dtype: torch.dtype, sigmoid: bool) -> None:
     x, w, b = cases.layer_inputs(shape, dtype)
@@ -113,6 +120,7 @@ def test_layer_and_gradients(shape: cases.Shape, dtype: torch.dtype, sigmoid: bo
         arithmetic,
         *(cases.exact(t) for t in (dy, x, w)),
         cases.exact(y.cpu()) if sigmoid else None,
+        stores_dz=True,  # for tensor cores
     )
     for name, grad, bound in zip(("dx", "dw", "db"), grads, wanted, strict=True):
         cases.assert_within(grad.cpu(), bound, name)

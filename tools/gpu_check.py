@@ -36,7 +36,10 @@ LIMIT = 8 * 60  # seconds: parts that take longer are cut off
 PYTHON = sys.executable
 RECIPE: dict[str, Any] = runpy.run_path(str(ROOT / "neuron_ext" / "_extension.py"))
 # Shapes of a few tiles: the sanitizer takes a hundred times as long.
-SMALL = "test_whole_numbers_are_exact_at_every_edge and (float32 or bfloat16) or test_every_layout"
+SMALL = (
+    "test_whole_numbers_are_exact_at_every_edge and (float32 or bfloat16) or test_every_layout"
+    " or test_layer_and_gradients and several and (float32 or bfloat16)"
+)
 
 
 @dataclass(frozen=True)
