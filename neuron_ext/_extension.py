@@ -99,7 +99,7 @@ def nvcc_args() -> list[str]:
 
 def cuda_link_args(toolkit: Toolkit) -> list[str]:
     """For the linker: the CUDA runtime, and no other of its libraries."""
-    return [f"-L{toolkit.library_dir()}", "-lcudart"]
+    return [str(toolkit.runtime())]
 
 
 def torch_minor(torch_version: str) -> tuple[int, int]:
@@ -135,10 +135,10 @@ class Toolkit(NamedTuple):
     def nvcc(self) -> Path:
         return self.home / "bin" / "nvcc"
 
-    def library_dir(self) -> Path:
-        """The folder of libcudart.so: lib64 in NVIDIA's installers, lib in their wheels."""
-        dirs = [self.home / name for name in ("lib64", "lib")]
-        return next((path for path in dirs if (path / "libcudart.so").exists()), dirs[0])
+    def runtime(self) -> Path | None:
+        """libcudart.so, in lib64 of NVIDIA's installers; in their wheels lib/libcudart.so.13."""
+        folders = (self.home / name for name in ("lib64", "lib"))
+        return next((path for f in folders for path in sorted(f.glob("libcudart.so*"))), None)
 
 
 class CudaDecision(NamedTuple):
@@ -219,7 +219,7 @@ def check_toolkit(toolkit: Toolkit) -> None:
         lines = [line for line in (tried.stderr + tried.stdout).splitlines() if "error" in line]
         why = lines[0] if lines else f"exit status {tried.returncode}"
         raise ValueError(f"nvcc in {toolkit.home} can't compile an empty kernel: {why}")
-    if not (toolkit.library_dir() / "libcudart.so").exists():
+    if toolkit.runtime() is None:
         raise ValueError(f"there is no libcudart.so in {toolkit.home}/lib64 or lib to link with")
 
 

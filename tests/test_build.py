@@ -286,10 +286,10 @@ def test_toolkit_without_a_runtime_to_link(
     (toolkit / "lib64" / "libcudart.so").unlink()
     assert "there is no libcudart.so in" in refusal(recipe, torch_for("13.0"), monkeypatch)
     (toolkit / "lib").mkdir()
-    (toolkit / "lib" / "libcudart.so").touch()  # where NVIDIA's wheels have it
+    (toolkit / "lib" / "libcudart.so.13").touch()  # as NVIDIA's wheels have it
     monkeypatch.delenv("NEURON_EXT_CUDA")
     found = recipe["decide_cuda"](torch_for("13.0")).toolkit
-    assert recipe["cuda_link_args"](found) == [f"-L{toolkit}/lib", "-lcudart"]
+    assert recipe["cuda_link_args"](found) == [f"{toolkit}/lib/libcudart.so.13"]
 
 
 def test_targets_keep_torch_from_looking_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
