@@ -10,13 +10,20 @@
 
 namespace neuron_ext::cuda {
 
-// In the place of csrc/cuda/device.cu. A GPU that every kernel runs on.
+// In the place of csrc/cuda/device.cu.
 const char* error_text(int) { return emulator::last_error().c_str(); }
 
+namespace {
+Device emulated_device = {90, 3};
+}
+
 Status query_device(int, Device& device) {
-  device = {90, 3};
+  device = emulated_device;
   return {};
 }
+
+/// The GPU that is emulated from now on, as in Device::sm.
+void set_sm(int sm) { emulated_device.sm = sm; }
 
 }  // namespace neuron_ext::cuda
 
@@ -27,8 +34,9 @@ extern "C" {
 /// What was wrong with the last call that returned an error.
 const char* neuron_ext_error() { return emulator::last_error().c_str(); }
 
-void neuron_ext_set(int order, bool late_copies, bool late_products, int approximation,
+void neuron_ext_set(int order, bool late_copies, bool late_products, int approximation, int sm,
                     unsigned seed) {
+  cuda::set_sm(sm);
   emulator::settings() = {static_cast<emulator::Order>(order), late_copies, late_products,
                           approximation, seed};
 }
