@@ -58,8 +58,11 @@ class Kernels:
         )
         return (d, a_sum) if sums_a else d
 
-    def mlp(self, x, weights, biases, output_activation=None, keeps_hidden=True):
-        """The outputs of a stack's layers; those of hidden ones are nan if they aren't kept."""
+    def mlp(self, x, weights, biases, output_activation=None, keeps_hidden=True, saved=None):
+        """The outputs of a stack's layers; those of hidden ones are nan if they aren't kept.
+
+        With ``saved`` outputs of layers, theirs are multiplied by the sigmoid's gradient instead.
+        """
         widths = [x.shape[1], *(len(weight) for weight in weights)]
         outputs = [torch.full((len(x), n), float("nan"), dtype=x.dtype) for n in widths[1:]]
         strides = [*x.stride()]
@@ -72,6 +75,7 @@ class Kernels:
             *(output_activation == "sigmoid", x),
             [weight.data_ptr() for weight in weights],
             [bias.data_ptr() if bias is not None else 0 for bias in biases],
+            [y.data_ptr() if y is not None else 0 for y in saved or [None] * len(weights)],
             [y.data_ptr() if keep else 0 for y, keep in zip(outputs, kept, strict=True)],
         )
         return outputs
@@ -210,6 +214,27 @@ def test_layers_with_few_rows_or_columns(kernels, shape, dtype):
     dweight, dbias = kernels.gemm(dy.t(), x, saved=y.t(), sums_a=True)
     assert torch.equal(dweight, (dz.t() @ x.double()).to(dtype))
     assert torch.equal(dbias, dz.sum(0).to(dtype))
+
+
+def test_gradients_of_a_stack(kernels):
+    widths = (5, 17, 33, 8, 16, 3)
+    x = torch.randn(21, widths[0], dtype=torch.float64, requires_grad=True)
+    shapes = [(n, k) for k, n in itertools.pairwise(widths)]
+    weights = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    y = x
+    for weight in weights:
+        y = torch.nn.functional.linear(torch.sigmoid(y) if y is not x else y, weight)
+    dy = torch.randn_like(y)
+    dx, *dweights = torch.autograd.grad(y, [x, *weights], dy)
+
+    *hidden, _ = kernels.mlp(x, weights, [None] * len(weights))
+    transposed = [weight.t() for weight in reversed(weights)]
+    saved = [*reversed(hidden), None]
+    *dz, ours = kernels.mlp(dy, transposed, [None] * len(weights), saved=saved)
+    torch.testing.assert_close(ours, dx, rtol=1e-12, atol=1e-14)
+    inputs = [x, *hidden]
+    for of_layer, h, dweight in zip([*reversed(dz), dy], inputs, dweights, strict=True):
+        torch.testing.assert_close(of_layer.t() @ h, dweight, rtol=1e-12, atol=1e-14)
 
 
 def test_long_batches_are_cut(kernels):

@@ -51,6 +51,9 @@ void run_rows(const Mlp& mlp, std::int64_t begin, std::int64_t count,
     at.b = layer.weight;
     at.packed_b = packed.empty() ? layer.packed_weight : packed[i];
     at.bias = layer.bias;
+    at.d_saved = layer.saved == nullptr
+                     ? nullptr
+                     : offset(layer.saved, mlp.dtype, begin * layer.out_features);
     at.d = layer.output == nullptr ? passing + (i % 2) * half
                                    : offset(layer.output, mlp.dtype, begin * layer.out_features);
     gemm(desc, at, parallel_for);

@@ -16,12 +16,18 @@ std::int64_t width_of(const MlpLayer& layer) {
   return std::max(layer.in_features, layer.out_features);
 }
 
-bool is_narrow(const MlpLayer& layer) { return width_of(layer) <= kWidestLayer; }
+/// The widest layer to go together with others. Where a tensor core takes a layer by itself, but
+/// not the stack, it makes up from there on for what the layers then read and write.
+std::int64_t widest_layer(const Mlp& mlp) {
+  const bool is_tf32 = mlp.dtype == DType::kFloat32 && mlp.precision > Precision::kHighest;
+  return mlp.dtype == DType::kFloat64 || is_tf32 ? 64 : kWidestLayer;
+}
 
 /// How many layers go together, the first of these and those after it.
-std::size_t layers_of_step(std::span<const MlpLayer> layers) {
+std::size_t layers_of_step(std::span<const MlpLayer> layers, std::int64_t widest) {
   const std::size_t most = std::min<std::size_t>(layers.size(), kMostLayers);
-  const auto wide = std::ranges::find_if_not(layers.first(most), is_narrow);
+  const auto is_wide = [&](const MlpLayer& layer) { return width_of(layer) > widest; };
+  const auto wide = std::ranges::find_if(layers.first(most), is_wide);
   return std::max<std::size_t>(1, static_cast<std::size_t>(wide - layers.begin()));
 }
 
@@ -35,7 +41,7 @@ std::size_t aligned(std::size_t bytes) {
 std::size_t passing_bytes(const Mlp& mlp) {
   std::int64_t widest = 0;
   auto layers = mlp.layers;
-  for (std::size_t count; (count = layers_of_step(layers)) < layers.size();
+  for (std::size_t count; (count = layers_of_step(layers, widest_layer(mlp))) < layers.size();
        layers = layers.subspan(count)) {
     const MlpLayer& last = layers[count - 1];
     if (last.output == nullptr) widest = std::max(widest, last.out_features);
@@ -51,7 +57,7 @@ void for_each_step(const Mlp& mlp, std::byte* passing, const F& f) {
   Mlp part = mlp;
   auto rest = mlp.layers;
   for (std::size_t turn = 0; !rest.empty(); ++turn) {
-    part.layers = rest.first(layers_of_step(rest));
+    part.layers = rest.first(layers_of_step(rest, widest_layer(mlp)));
     rest = rest.subspan(part.layers.size());
     const MlpLayer& last = part.layers.back();
     void* const output = last.output == nullptr ? passing + turn % 2 * bytes : last.output;
@@ -67,6 +73,7 @@ GemmPointers pointers_of(const Mlp& part, void* output) {
   at.a = part.input;
   at.b = part.layers[0].weight;
   at.bias = part.layers[0].bias;
+  at.d_saved = part.layers[0].saved;
   at.d = output;
   return at;
 }
@@ -106,7 +113,7 @@ std::size_t mlp_workspace(const Mlp& mlp, const Device& device) {
   return 2 * passing_bytes(mlp) + most;
 }
 
-Status mlp_forward(const Mlp& mlp, void* workspace, const Device& device, Stream stream) {
+Status mlp(const Mlp& mlp, void* workspace, const Device& device, Stream stream) {
   if (mlp.rows == 0) return {};
   auto* const passing = static_cast<std::byte*>(workspace);
   const std::size_t bytes = 2 * passing_bytes(mlp);

@@ -8,7 +8,7 @@
 
 namespace neuron_ext::cuda {
 
-inline constexpr int kWidestLayer = 128;  // in and out
+inline constexpr int kWidestLayer = 128;  // in and out; of f64, 64
 
 // In one kernel: its parameters may be 4 KiB.
 inline constexpr int kMostLayers = 32;

@@ -168,40 +168,51 @@ NEURON_EXT_DEVICE void run_layer(T& tile, const MlpLayer& layer, int index, std:
     ptx::block_sync();
   }
 
+  const auto is_whole = [&](const void* matrix) {
+    return out % kVector == 0 &&
+           reinterpret_cast<std::uintptr_t>(matrix) % sizeof(ptx::Bytes16) == 0;
+  };
+  const bool output_is_whole = is_whole(layer.output), saved_is_whole = is_whole(layer.saved);
 #pragma unroll
-  for (int c = 0; c < T::kThreadColumns; ++c) {
+  for (int c = 0; c < T::kThreadColumns; c += kVector) {
     const int j = T::column(c, tx);
-    S bias = 0;
-    if (layer.bias != nullptr && j < out) {
-      bias = static_cast<const S*>(layer.bias)[j * layer.bias_stride];
+    Fragment<S, kVector> bias = {};
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      if (layer.bias == nullptr || j + e >= out) continue;
+      bias.elements[e] = static_cast<const S*>(layer.bias)[(j + e) * layer.bias_stride];
     }
 #pragma unroll
     for (int r = 0; r < T::kThreadRows; ++r) {
-      // Zeros up to a whole slice: weights of zero don't hide an inf.
-      sums[r][c] = j < out ? apply<S>(layer.activation, sums[r][c] + bias) : 0;
-      tile.rows[j][T::row(r, ty)] = sums[r][c];
-    }
-  }
-  if (layer.output == nullptr) return;
-  const bool is_whole = out % kVector == 0 &&
-                        reinterpret_cast<std::uintptr_t>(layer.output) % sizeof(ptx::Bytes16) == 0;
+      const std::int64_t i = std::int64_t{T::kRows} * index + T::row(r, ty);
+      const bool is_inside = i < count && j < out;
+      Fragment<S, kVector> y = {};
+      if (layer.saved != nullptr && is_inside) {
+        const S* const at = static_cast<const S*>(layer.saved) + i * out + j;
+        if (saved_is_whole) {
+          y.vectors[0] = ptx::load_16_bytes(at);
+        } else {
 #pragma unroll
-  for (int r = 0; r < T::kThreadRows; ++r) {
-    const std::int64_t i = std::int64_t{T::kRows} * index + T::row(r, ty);
-    if (i >= count) continue;
-    S* const row = static_cast<S*>(layer.output) + i * out;
+          for (int e = 0; e < kVector; ++e) y.elements[e] = j + e < out ? at[e] : 0;
+        }
+      }
 #pragma unroll
-    for (int c = 0; c < T::kThreadColumns; c += kVector) {
-      const int j = T::column(c, tx);
-      Fragment<S, kVector> vector;
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) vector.elements[e] = sums[r][c + e];
-      if (is_whole && j < out) {
-        ptx::store_16_bytes(row + j, vector.vectors[0]);
+      for (int e = 0; e < kVector; ++e) {
+        const S sum = sums[r][c + e];
+        y.elements[e] = layer.saved != nullptr ? gradient(layer.activation, sum, y.elements[e])
+                                               : apply<S>(layer.activation, sum + bias.elements[e]);
+        // Zeros up to a whole slice: weights of zero don't hide an inf.
+        if (j + e >= out) y.elements[e] = 0;
+        tile.rows[j + e][T::row(r, ty)] = y.elements[e];
+      }
+      if (layer.output == nullptr || !is_inside) continue;
+      S* const at = static_cast<S*>(layer.output) + i * out + j;
+      if (output_is_whole) {
+        ptx::store_16_bytes(at, y.vectors[0]);
       } else {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-          if (j + e < out) row[j + e] = vector.elements[e];
+          if (j + e < out) at[e] = y.elements[e];
         }
       }
     }
@@ -244,15 +255,10 @@ int run_as(const Stack& stack, const Device& device, Stream stream) {
              : run_in<Tile<S, kWidth, true>>(stack, device, stream);
 }
 
-template <class S>
-int run_as(const Stack& stack, const Device& device, Stream stream) {
-  return stack.widest <= 64 ? run_as<S, 64>(stack, device, stream)
-                            : run_as<S, kWidestLayer>(stack, device, stream);
-}
-
 int run(const Stack& stack, DType dtype, const Device& device, Stream stream) {
-  return dtype == DType::kFloat32 ? run_as<float>(stack, device, stream)
-                                  : run_as<double>(stack, device, stream);
+  if (dtype == DType::kFloat64) return run_as<double, 64>(stack, device, stream);
+  return stack.widest <= 64 ? run_as<float, 64>(stack, device, stream)
+                            : run_as<float, kWidestLayer>(stack, device, stream);
 }
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64};

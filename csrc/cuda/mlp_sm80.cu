@@ -38,9 +38,10 @@ constexpr int kWarps = kWidth == 64 ? 12 : 8;
 template <int kWidth>
 constexpr int kThreads = kWarps<kWidth> * ptx::kWarp;
 
-/// 32 rows of a warp, as A of products: registers of (span, height, half of the span).
+/// 32 rows of a warp by a span, as A of products: registers of (height, half of the span).
+using Span = std::uint32_t[kHeights][2][4];
 template <int kWidth>
-using Rows = std::uint32_t[kWidth / kSpan][kHeights][2][4];
+using Rows = Span[kWidth / kSpan];
 
 /// A layer's parameters. Of odd rows, neighbouring 64 bytes are swapped: those that lanes read
 /// together are in different banks then.
@@ -70,6 +71,20 @@ NEURON_EXT_DEVICE bool is_aligned(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address) % sizeof(ptx::Bytes16) == 0;
 }
 
+struct Matrix {
+  const void* base;
+  std::int64_t rows, columns, stride_row, stride_column;
+
+  /// Whether a row is 16 bytes after 16 bytes.
+  NEURON_EXT_DEVICE bool is_whole() const {
+    return stride_column == 1 && stride_row % kVector == 0 && columns % kVector == 0 &&
+           is_aligned(base);
+  }
+  NEURON_EXT_DEVICE Matrix transposed() const {
+    return {base, columns, rows, stride_column, stride_row};
+  }
+};
+
 NEURON_EXT_DEVICE int spans_of(std::int64_t features) {
   return (static_cast<int>(features) + kSpan - 1) / kSpan;
 }
@@ -83,23 +98,34 @@ NEURON_EXT_DEVICE void load(Parameters<T, kWidth>& parameters, const MlpLayer& l
   const int in = static_cast<int>(layer.in_features), out = static_cast<int>(layer.out_features);
   const int thread = static_cast<int>(threadIdx.x), rows = spans_of(out) * kSpan;
   const T* const weight = static_cast<const T*>(layer.weight);
-  if (layer.weight_stride_in == 1 && layer.weight_stride_out % kVector == 0 && in % kVector == 0 &&
-      is_aligned(weight)) {
+  const std::int64_t stride_out = layer.weight_stride_out, stride_in = layer.weight_stride_in;
+  const Matrix matrix{weight, out, in, stride_out, stride_in};
+  if (matrix.is_whole()) {
     constexpr int kVectors = kWidth / kVector;
     for (int v = thread; v < rows * kVectors; v += kThreads<kWidth>) {
       const int row = v / kVectors, column = v % kVectors * kVector;
       const bool is_inside = row < out && column < in;
       ptx::copy_async<16>(&parameters.weight[P::place(row, column)],
-                          is_inside ? weight + row * layer.weight_stride_out + column : weight,
-                          is_inside);
+                          is_inside ? weight + row * stride_out + column : weight, is_inside);
+    }
+  } else if (matrix.transposed().is_whole()) {
+    // Neighbouring lanes store neighbours, of a column each.
+    for (int v = thread; v < rows / kVector * kWidth; v += kThreads<kWidth>) {
+      const int row = v / kWidth * kVector, column = v % kWidth;
+      Vector<T> vector = {};
+      if (row < out && column < in) {
+        vector.bytes = ptx::load_16_bytes(weight + column * stride_in + row);
+      }
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        parameters.weight[P::place(row + e, column)] = vector.elements[e];
+      }
     }
   } else {
     for (int e = thread; e < rows * kWidth; e += kThreads<kWidth>) {
       const int row = e / kWidth, column = e % kWidth;
       parameters.weight[P::place(row, column)] =
-          row < out && column < in
-              ? weight[row * layer.weight_stride_out + column * layer.weight_stride_in]
-              : T{};
+          row < out && column < in ? weight[row * stride_out + column * stride_in] : T{};
     }
   }
   for (int j = thread; j < rows; j += kThreads<kWidth>) {
@@ -110,43 +136,36 @@ NEURON_EXT_DEVICE void load(Parameters<T, kWidth>& parameters, const MlpLayer& l
   ptx::copy_async_commit();
 }
 
-/// A tile of the stack's input, with zeros up to whole spans and for rows beyond the
-/// last.
-template <class T, int kWidth>
-NEURON_EXT_DEVICE void load(Rows<kWidth>& rows, const Stack& stack, int tile) {
+/// Span s of a matrix's tile, with zeros beyond the matrix.
+template <class T>
+NEURON_EXT_DEVICE void load(Span& span, const Matrix& matrix, int tile, int s) {
   const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
-  const int in = static_cast<int>(stack.layers[0].in_features);
-  const bool is_whole = stack.stride_column == 1 && stack.stride_row % kVector == 0 &&
-                        in % kVector == 0 && is_aligned(stack.input);
+  const int column = s * kSpan + t * kVector;
 #pragma unroll
-  for (int s = 0; s < kWidth / kSpan; ++s) {
-    const int column = s * kSpan + t * kVector;
+  for (int r = 0; r < kRows / 8; ++r) {
+    const std::int64_t row = std::int64_t{kRows} * tile + 8 * r + g;
+    Vector<T> vector = {};
+    if (row < matrix.rows && column < matrix.columns) {
+      const T* const at = static_cast<const T*>(matrix.base) + row * matrix.stride_row +
+                          column * matrix.stride_column;
+      if (matrix.is_whole()) {
+        vector.bytes = ptx::load_16_bytes(at);
+      } else {
 #pragma unroll
-    for (int r = 0; r < kRows / 8; ++r) {
-      const std::int64_t row = std::int64_t{kRows} * tile + 8 * r + g;
-      Vector<T> vector = {};
-      if (row < stack.rows && column < in) {
-        const T* const at = static_cast<const T*>(stack.input) + row * stack.stride_row +
-                            column * stack.stride_column;
-        if (is_whole) {
-          vector.bytes = ptx::load_16_bytes(at);
-        } else {
-#pragma unroll
-          for (int e = 0; e < kVector; ++e) {
-            if (column + e < in) vector.elements[e] = at[e * stack.stride_column];
-          }
+        for (int e = 0; e < kVector; ++e) {
+          if (column + e < matrix.columns) vector.elements[e] = at[e * matrix.stride_column];
         }
       }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) rows[s][r / 2][j / 2][r % 2 + j % 2 * 2] = vector.bytes.words[j];
     }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) span[r / 2][j / 2][r % 2 + j % 2 * 2] = vector.bytes.words[j];
   }
 }
 
 /// Span s of a tile goes to a layer's output.
 template <class T>
-NEURON_EXT_DEVICE void store(const std::uint32_t (&span)[kHeights][2][4], int s,
-                             const MlpLayer& layer, int tile, std::int64_t count) {
+NEURON_EXT_DEVICE void store(const Span& span, int s, const MlpLayer& layer, int tile,
+                             std::int64_t count) {
   const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
   const int out = static_cast<int>(layer.out_features), column = s * kSpan + t * kVector;
   const bool is_whole = out % kVector == 0 && is_aligned(layer.output);
@@ -173,8 +192,7 @@ NEURON_EXT_DEVICE void store(const std::uint32_t (&span)[kHeights][2][4], int s,
 
 /// Sums of a span's tiles from j on, finished and rounded.
 template <class T, class F>
-NEURON_EXT_DEVICE void finish(const float (&sums)[kHeights][kTiles][4], int j,
-                              std::uint32_t (&span)[kHeights][2][4]) {
+NEURON_EXT_DEVICE void finish(const float (&sums)[kHeights][kTiles][4], int j, Span& span) {
 #pragma unroll
   for (int m = 0; m < kHeights; ++m) {
 #pragma unroll
@@ -188,9 +206,33 @@ NEURON_EXT_DEVICE void finish(const float (&sums)[kHeights][kTiles][4], int j,
   }
 }
 
+/// The same, multiplied by the gradient of what was saved.
+template <class T>
+NEURON_EXT_DEVICE void finish_gradient(Activation activation,
+                                       const float (&sums)[kHeights][kTiles][4], int j,
+                                       const Span& saved, Span& span) {
+#pragma unroll
+  for (int m = 0; m < kHeights; ++m) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int a = (j + i) / 2, place = r + (j + i) % 2 * 2;
+        const union {
+          std::uint32_t word;
+          T elements[2];
+        } y = {saved[m][a][place]};
+        span[m][a][place] = ptx::narrow_pair<T>(
+            gradient(activation, sums[m][i][2 * r], ptx::widen(y.elements[0])),
+            gradient(activation, sums[m][i][2 * r + 1], ptx::widen(y.elements[1])));
+      }
+    }
+  }
+}
+
 /// Zeros in the place of columns that a layer hasn't got: an inf before them makes them nan, and
 /// the next layer's weights of zero leave them so.
-NEURON_EXT_DEVICE void clear_beyond(std::uint32_t (&span)[kHeights][2][4], int columns) {
+NEURON_EXT_DEVICE void clear_beyond(Span& span, int columns) {
   const int t = ptx::lane_id() % 4;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -205,7 +247,7 @@ NEURON_EXT_DEVICE void clear_beyond(std::uint32_t (&span)[kHeights][2][4], int c
 }
 
 /// `rows`, a tile of a layer's input, become its output.
-template <class T, int kWidth>
+template <class T, int kWidth, bool kGradients>
 NEURON_EXT_DEVICE void run_layer(const Parameters<T, kWidth>& parameters, const MlpLayer& layer,
                                  int tile, std::int64_t count, Rows<kWidth>& rows) {
   constexpr int kSpans = kWidth / kSpan;
@@ -221,6 +263,11 @@ NEURON_EXT_DEVICE void run_layer(const Parameters<T, kWidth>& parameters, const 
     if (c >= spans_out) continue;
 #pragma unroll
     for (int j = 0; j < 4; j += kTiles) {
+      Span saved;
+      if constexpr (kGradients) {
+        // Half of it is used, and loaded: registers are scarce.
+        load<T>(saved, {layer.saved, layer.saved == nullptr ? 0 : count, out, out, 1}, tile, c);
+      }
       float sums[kHeights][kTiles][4];
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
@@ -246,7 +293,10 @@ NEURON_EXT_DEVICE void run_layer(const Parameters<T, kWidth>& parameters, const 
           }
         }
       }
-      if (layer.activation == Activation::kSigmoid) {
+      if constexpr (kGradients) {
+        finish_gradient<T>(layer.saved == nullptr ? Activation::kIdentity : layer.activation, sums,
+                           j, saved, next[c]);
+      } else if (layer.activation == Activation::kSigmoid) {
         finish<T, Sigmoid>(sums, j, next[c]);
       } else {
         finish<T, Identity>(sums, j, next[c]);
@@ -268,7 +318,8 @@ NEURON_EXT_DEVICE void run_layer(const Parameters<T, kWidth>& parameters, const 
   }
 }
 
-template <class T, int kWidth>
+/// kGradients: layers may have saved outputs, and have no activations.
+template <class T, int kWidth, bool kGradients>
 __global__ void __launch_bounds__(kThreads<kWidth>, 1)
     mlp_sm80_kernel(const __grid_constant__ Launch launch) {
   const Stack& stack = launch.stack;
@@ -282,13 +333,16 @@ __global__ void __launch_bounds__(kThreads<kWidth>, 1)
     load(parameters[0], stack.layers[0]);
   }
 
+  const Matrix input{stack.input, stack.rows, stack.layers[0].in_features, stack.stride_row,
+                     stack.stride_column};
   int place = 0;  // of the layer's parameters
   for (int turn = 0; turn < launch.tiles; turn += kWarps<kWidth> * static_cast<int>(gridDim.x)) {
     // Warps of different blocks first, so that few rows occupy all multiprocessors. Those that are
     // left without any still take part in loading.
     const int tile = turn + warp * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
     Rows<kWidth> rows;
-    load<T, kWidth>(rows, stack, tile);
+#pragma unroll
+    for (int s = 0; s < kWidth / kSpan; ++s) load<T>(rows[s], input, tile, s);
     for (int i = 0; i < stack.depth; ++i) {
       if (launch.is_resident) {
         place = i;
@@ -298,7 +352,8 @@ __global__ void __launch_bounds__(kThreads<kWidth>, 1)
         load(parameters[place ^ 1], stack.layers[i + 1 < stack.depth ? i + 1 : 0]);
       }
       if (tile < launch.tiles) {
-        run_layer(parameters[place], stack.layers[i], tile, stack.rows, rows);
+        run_layer<T, kWidth, kGradients>(parameters[place], stack.layers[i], tile, stack.rows,
+                                         rows);
       }
       place ^= 1;
     }
@@ -332,7 +387,12 @@ int run_as(const Stack& stack, const Device& device, Stream stream) {
   const Launch launch{stack, static_cast<int>((stack.rows + kRows - 1) / kRows),
                       all <= shared_bytes(device)};
   const auto blocks = static_cast<unsigned>(std::min(launch.tiles, device.sm_count));
-  return ptx::launch(mlp_sm80_kernel<T, kWidth>,
+  const bool has_gradients =
+      std::any_of(stack.layers, stack.layers + stack.depth,
+                  [](const MlpLayer& layer) { return layer.saved != nullptr; });
+  const auto kernel =
+      has_gradients ? mlp_sm80_kernel<T, kWidth, true> : mlp_sm80_kernel<T, kWidth, false>;
+  return ptx::launch(kernel,
                      {dim3(blocks), dim3(kThreads<kWidth>), launch.is_resident ? all : 2 * kLayer},
                      stream, launch);
 }

@@ -103,11 +103,11 @@ at::Tensor form_a(GemmDesc& desc, GemmPointers& at, c10::Device gpu) {
   return memory;
 }
 
-void mlp_forward(const Mlp& mlp, c10::Device gpu) {
+void mlp(const Mlp& mlp, c10::Device gpu) {
   run_on(gpu, [&](const cuda::Device& device, cuda::Stream stream) {
     const at::Tensor workspace = memory_on(gpu, cuda::mlp_workspace(mlp, device));
-    return cuda::mlp_forward(mlp, workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
-                             device, stream);
+    return cuda::mlp(mlp, workspace.defined() ? workspace.mutable_data_ptr() : nullptr, device,
+                     stream);
   });
 }
 

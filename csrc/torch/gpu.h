@@ -28,7 +28,7 @@ bool is_runnable(int lowest_sm, int highest_sm);
 void gemm(const GemmDesc& desc, const GemmPointers& at, c10::Device gpu);
 
 /// See Mlp; likewise.
-void mlp_forward(const Mlp& mlp, c10::Device gpu);
+void mlp(const Mlp& mlp, c10::Device gpu);
 
 /// Forms A' of a product by itself, with a_sum, in memory that the result holds; what is left is a
 /// product of it. Undefined, and nothing done, where gemm() forms A' as it reads A.

@@ -151,6 +151,25 @@ RowsView rows_at(const void* data, std::int64_t rows, std::int64_t columns) {
   return {Tensor(), data, rows, columns, columns, 1};
 }
 
+/// Layers that have `elements` of weights.
+void run(at::ArrayRef<MlpLayer> layers, std::int64_t elements, const RowsView& input, DType dtype,
+         c10::Device device) {
+  const std::int64_t rows = batch_invariant() ? GemmDesc::kAnyBatch : input.rows;
+  const Mlp mlp{.dtype = dtype,
+                .precision = precision_for(
+                    dtype, static_cast<double>(rows) * static_cast<double>(elements), device),
+                .rows = input.rows,
+                .input = input.data,
+                .input_stride_row = input.row_stride,
+                .input_stride_column = input.column_stride,
+                .layers = {layers.data(), layers.size()},
+                .batch_invariant = batch_invariant()};
+  if constexpr (gpu::kIsBuilt) {
+    if (device.is_cuda()) return gpu::mlp(mlp, device);
+  }
+  cpu::mlp_forward(mlp, at_parallel_for());
+}
+
 /// A stack of checked arguments. The hidden layers' outputs go to `hidden`, end to end, or, if that
 /// is undefined, nowhere: then no gradient is in view.
 Tensor run_stack(const Tensor& input, TensorList weights, TensorList biases,
@@ -184,24 +203,7 @@ Tensor run_stack(const Tensor& input, TensorList weights, TensorList biases,
     if (!hidden.defined()) packed[i] = packed_weight(weight, x.rows);
     if (packed[i].defined()) layer.packed_weight = packed[i].const_data_ptr();
   }
-  const std::int64_t rows = batch_invariant() ? GemmDesc::kAnyBatch : x.rows;
-  const Mlp mlp{.dtype = dtype_of(input),
-                .precision = precision_for(
-                    dtype_of(input), static_cast<double>(rows) * static_cast<double>(elements),
-                    input.device()),
-                .rows = x.rows,
-                .input = x.data,
-                .input_stride_row = x.row_stride,
-                .input_stride_column = x.column_stride,
-                .layers = {layers.data(), depth},
-                .batch_invariant = batch_invariant()};
-  if constexpr (gpu::kIsBuilt) {
-    if (input.is_cuda()) {
-      gpu::mlp_forward(mlp, input.device());
-      return output;
-    }
-  }
-  cpu::mlp_forward(mlp, at_parallel_for());
+  run(layers, elements, x, dtype_of(input), input.device());
   return output;
 }
 
@@ -321,9 +323,68 @@ void Backward::check() const {
 
 std::vector<Tensor> mlp_backward_by_layers(const Backward& call);
 
-std::vector<Tensor> mlp_backward_kernels(const Backward& call) {
-  if (!call.kernels_take()) return mlp_backward_by_layers(call);
-  call.check();
+/// The gradients of a stack on a GPU: dz goes down the stack as a stack of its own, then the
+/// layers' parameters get theirs.
+std::vector<Tensor> run_stack_backward(const Backward& call) {
+  const size_t depth = call.depth(), last = depth - 1;
+  const RowsView dy = as_rows(call.grad_output);
+  const std::int64_t rows = dy.rows;
+  const Tensor hidden = call.hidden.contiguous();
+  const DType dtype = dtype_of(hidden);
+  const auto out_features = [&](size_t layer) { return call.out_features(layer).expect_int(); };
+
+  Tensor owner;  // of the last layer's dz
+  if (call.output.defined()) owner = neuron_ext::sigmoid_backward(call.grad_output, call.output);
+  const RowsView last_dz = owner.defined() ? as_rows(owner) : dy;
+  // Those of the hidden layers lie as their outputs do.
+  const Tensor hidden_dz = new_empty(hidden, hidden.sizes());
+  const auto place = [&](const Tensor& t, size_t layer) {
+    std::int64_t offset = 0;
+    for (size_t i = 0; i < layer; ++i) offset += rows * out_features(i);
+    return static_cast<char*>(t.data_ptr()) + offset * t.element_size();
+  };
+
+  std::vector<Tensor> grads(call.mask.size());
+  if (call.wants_input()) grads[0] = empty_rows(call.grad_output, call.weights[0].size(1));
+  c10::SmallVector<MlpLayer, 8> layers;
+  std::int64_t elements = 0;
+  size_t first = last;  // with a dz
+  for (; call.wants_before(first); --first) {
+    const Tensor& weight = call.weights[first];
+    elements += weight.numel();
+    MlpLayer& layer = layers.emplace_back();
+    layer.in_features = weight.size(0);
+    layer.out_features = weight.size(1);
+    layer.weight = weight.const_data_ptr();
+    layer.weight_stride_out = weight.stride(1);
+    layer.weight_stride_in = weight.stride(0);
+    if (first == 0) {
+      layer.output = grads[0].mutable_data_ptr();
+      break;
+    }
+    layer.activation = Activation::kSigmoid;
+    layer.saved = place(hidden, first - 1);
+    layer.output = place(hidden_dz, first - 1);
+  }
+  if (!layers.empty()) run(layers, elements, last_dz, dtype, hidden.device());
+  for (size_t i = first; i < depth; ++i) {
+    Tensor &dw = grads[1 + i], &db = grads[1 + depth + i];
+    OptionalRows x;
+    if (call.wants_weight(i)) {
+      x = i == 0 ? as_rows(call.input) : rows_at(place(hidden, i - 1), rows, out_features(i - 1));
+      dw = new_empty(hidden, {out_features(i), x->columns});
+    }
+    if (call.wants_bias(i)) db = new_empty(hidden, {out_features(i)});
+    if (!dw.defined() && !db.defined()) continue;
+    wgrad(i == last ? last_dz : rows_at(place(hidden_dz, i), rows, out_features(i)), std::nullopt,
+          x, dw.defined() ? dw.mutable_data_ptr() : nullptr,
+          db.defined() ? db.mutable_data_ptr() : nullptr, dtype, hidden.device());
+  }
+  return grads;
+}
+
+/// The same, product by product.
+std::vector<Tensor> run_layers_backward(const Backward& call) {
   const size_t depth = call.depth();
   RowsView dy = as_rows(call.grad_output);
   OptionalRows y = call.output.defined() ? OptionalRows(as_rows(call.output)) : std::nullopt;
@@ -369,6 +430,14 @@ std::vector<Tensor> mlp_backward_kernels(const Backward& call) {
       y.reset();
     }
   }
+  return grads;
+}
+
+std::vector<Tensor> mlp_backward_kernels(const Backward& call) {
+  if (!call.kernels_take()) return mlp_backward_by_layers(call);
+  call.check();
+  std::vector<Tensor> grads =
+      call.grad_output.is_cuda() ? run_stack_backward(call) : run_layers_backward(call);
   std::vector<Tensor> wanted;
   for (Tensor& grad : grads) {
     if (grad.defined()) wanted.push_back(std::move(grad));

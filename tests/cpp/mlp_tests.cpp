@@ -24,10 +24,10 @@ Bytes random_array(DType dtype, std::int64_t count, unsigned seed) {
 }
 
 /// A stack with random contents; the input's rows have gaps, and every other weight is stored
-/// (in, out).
+/// (in, out). That of a backward has saved outputs and no biases.
 class Stack {
  public:
-  Stack(DType dtype, std::int64_t rows, const std::vector<std::int64_t>& widths)
+  Stack(DType dtype, std::int64_t rows, const std::vector<std::int64_t>& widths, bool is_backward)
       : input_(random_array(dtype, rows * (widths[0] + 3), 1)) {
     mlp.dtype = dtype;
     mlp.rows = rows;
@@ -37,13 +37,18 @@ class Stack {
       const std::int64_t in = widths[i], out = widths[i + 1];
       weights_.push_back(random_array(dtype, in * out, 10 + i));
       biases_.push_back(random_array(dtype, out, 20 + i));
+      saved_.push_back(random_array(dtype, rows * out, 30 + i));
       MlpLayer layer;
       layer.in_features = in, layer.out_features = out;
       layer.activation = i + 2 < widths.size() ? Activation::kSigmoid : Activation::kIdentity;
       layer.weight = weights_.back().data();
       layer.weight_stride_out = i % 2 == 0 ? in : 1;
       layer.weight_stride_in = i % 2 == 0 ? 1 : out;
-      if (i % 3 != 1) layer.bias = biases_.back().data();
+      if (i % 3 != 1 && !is_backward) layer.bias = biases_.back().data();
+      if (is_backward && i % 3 != 2) {
+        layer.saved = saved_.back().data();
+        layer.activation = Activation::kSigmoid;
+      }
       layers_.push_back(layer);
     }
     mlp.layers = layers_;
@@ -62,17 +67,10 @@ class Stack {
     std::vector<Bytes> outputs = make_room(true);
     GemmPointers at;
     at.a = mlp.input;
-    GemmDesc desc;
-    desc.m = mlp.rows, desc.dtype = mlp.dtype;
-    if (mlp.batch_invariant) desc.whole_m = GemmDesc::kAnyBatch;
-    desc.a_stride_m = mlp.input_stride_row;
     for (const MlpLayer& layer : layers_) {
-      desc.n = desc.d_stride_m = layer.out_features, desc.k = layer.in_features;
-      desc.b_stride_k = layer.weight_stride_in, desc.b_stride_n = layer.weight_stride_out;
-      desc.has_bias = layer.bias != nullptr, desc.epilogue = layer.activation;
-      at.b = layer.weight, at.bias = layer.bias, at.d = layer.output;
-      gemm(desc, at, serial());
-      at.a = at.d, desc.a_stride_m = layer.out_features;
+      at.b = layer.weight, at.bias = layer.bias, at.d_saved = layer.saved, at.d = layer.output;
+      gemm(product_of(mlp, layer), at, serial());
+      at.a = at.d;
     }
     return outputs;
   }
@@ -81,7 +79,8 @@ class Stack {
     std::ostringstream text;
     text << name_of(active_isa()) << ' ' << name_of(mlp.dtype) << ' ' << mlp.rows << " rows of";
     for (const MlpLayer& layer : layers_) text << ' ' << layer.in_features;
-    text << ' ' << layers_.back().out_features << (mlp.batch_invariant ? ", batch-invariant" : "");
+    text << ' ' << layers_.back().out_features << (mlp.batch_invariant ? ", batch-invariant" : "")
+         << (layers_.front().saved != nullptr ? ", backward" : "");
     return text.str();
   }
 
@@ -103,7 +102,7 @@ class Stack {
   }
 
   Bytes input_;
-  std::vector<Bytes> weights_, biases_;
+  std::vector<Bytes> weights_, biases_, saved_;
   std::vector<MlpLayer> layers_;
 };
 
@@ -115,7 +114,8 @@ void test_stacks_are_their_layers() {
       for (std::int64_t rows : {0, 1, 5, 70, 600, 2500}) {
         if (rows == 2500 && width[0] > 40) continue;
         for (bool batch_invariant : {false, true}) {
-          Stack stack(dtype, rows, width);
+          // Backward once: what differs is how a product ends.
+          Stack stack(dtype, rows, width, rows % 2 == 0 && batch_invariant);
           stack.mlp.batch_invariant = batch_invariant;
           for (Isa isa : supported_isas()) {
             set_active_isa(isa);

@@ -67,11 +67,11 @@ int neuron_ext_gemm(int dtype, const std::int64_t* sizes, const std::int64_t* st
 }
 
 /// Mlp, of so many layers: rows and the features before, between and after layers; strides of the
-/// input (row, column), then of each layer its weight's (out, in) and its bias's. A null bias isn't
-/// there, a null output isn't kept.
+/// input (row, column), then of each layer its weight's (out, in) and its bias's. A null bias or
+/// saved output isn't there, a null output isn't kept.
 int neuron_ext_mlp(int dtype, int depth, const std::int64_t* sizes, const std::int64_t* strides,
                    bool ends_in_sigmoid, const void* input, const void* const* weights,
-                   const void* const* biases, void* const* outputs) {
+                   const void* const* biases, const void* const* saved, void* const* outputs) {
   std::vector<MlpLayer> layers(static_cast<std::size_t>(depth));
   for (int i = 0; i < depth; ++i) {
     const std::int64_t* const stride = strides + 2 + 3 * i;
@@ -84,6 +84,7 @@ int neuron_ext_mlp(int dtype, int depth, const std::int64_t* sizes, const std::i
                  .weight_stride_in = stride[1],
                  .bias = biases[i],
                  .bias_stride = stride[2],
+                 .saved = saved[i],
                  .output = outputs[i]};
   }
   const Mlp mlp{.dtype = static_cast<DType>(dtype),
@@ -95,7 +96,7 @@ int neuron_ext_mlp(int dtype, int depth, const std::int64_t* sizes, const std::i
   cuda::Device device;
   if (!cuda::query_device(0, device).ok()) return 1;
   std::vector<std::byte> workspace(cuda::mlp_workspace(mlp, device));
-  return cuda::mlp_forward(mlp, workspace.data(), device, nullptr).error;
+  return cuda::mlp(mlp, workspace.data(), device, nullptr).error;
 }
 
 /// ElementwiseDesc: the sigmoid, or, where `saved` isn't null, its gradient.

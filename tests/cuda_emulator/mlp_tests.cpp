@@ -55,6 +55,7 @@ class Stack {
   struct Options {
     int turn = 0;
     Activation hidden = Activation::kSigmoid, last = Activation::kIdentity;
+    Values saved = {};  // of hidden layers: then the stack is a backward's
   };
 
   Stack(DType dtype, std::int64_t rows, const Widths& widths, const Options& options,
@@ -79,6 +80,10 @@ class Stack {
       layer.weight_stride_in = weights_.back().host.stride_column;
       if (turn % 3 != 1) layer.bias = biases_.back().base();
       layer.bias_stride = biases_.back().host.stride_column;
+      const bool has_saved = options.saved && i + 2 < widths.size();
+      saved_.emplace_back(dtype, Layout::kRows, has_saved ? rows : 0, out, options.saved);
+      layer.saved = saved_.back().base();
+      if (options.saved) layer.bias = nullptr;
       layers_.push_back(layer);
     }
     mlp.layers = layers_;
@@ -100,7 +105,7 @@ class Stack {
     // Nothing of it may be read before it is written.
     GlobalArray workspace(cuda::mlp_workspace(mlp, device), "workspace");
     const cuda::Status status =
-        cuda::mlp_forward(mlp, workspace.size() == 0 ? nullptr : workspace.data(), device, nullptr);
+        cuda::mlp(mlp, workspace.size() == 0 ? nullptr : workspace.data(), device, nullptr);
     CHECK(status.ok(), name() << ", " << status.kernel << ": " << last_error());
     std::vector<Bytes> results;
     for (const auto& output : outputs) {
@@ -117,6 +122,7 @@ class Stack {
     at.a = i == 0 ? input_.host.base : outputs[i - 1].data() + kGuard * size_of(mlp.dtype);
     at.b = weights_[i].host.base;
     at.bias = biases_[i].host.base;
+    at.d_saved = saved_[i].host.base;
     return cpu::reference_gemm(desc, at);
   }
 
@@ -156,8 +162,8 @@ class Stack {
     });
   }
 
-  /// As sums and one rounding leave it.
-  void check_close(const std::vector<Bytes>& outputs) const {
+  /// As sums and so many roundings leave it.
+  void check_close(const std::vector<Bytes>& outputs, int roundings = 1) const {
     check(outputs, [&](double got, double exact, double magnitude, const MlpLayer& layer) {
       if (!std::isfinite(exact)) return std::isnan(exact) ? std::isnan(got) : got == exact;
       const double slope = layer.activation == Activation::kSigmoid ? 0.25 : 1;
@@ -165,7 +171,7 @@ class Stack {
       const double error = std::isfinite(magnitude)
                                ? slope * sum_error(mlp.dtype, layer.in_features) * magnitude
                                : 0;
-      return std::fabs(got - exact) <= error + 1.01 * spacing(mlp.dtype, exact);
+      return std::fabs(got - exact) <= error + 1.01 * roundings * spacing(mlp.dtype, exact);
     });
   }
 
@@ -180,6 +186,7 @@ class Stack {
     at.a = i == 0 ? mlp.input : a->data() + guard;
     at.b = layers_[i].weight;
     at.bias = layers_[i].bias;
+    at.d_saved = layers_[i].saved;
     at.d = d.data() + guard;
     const int error = cuda::gemm_simt.run(desc, at, nullptr, kDevice, nullptr);
     CHECK(error == 0, name() << ": " << last_error());
@@ -209,7 +216,7 @@ class Stack {
   static Layout layout(int turn) { return static_cast<Layout>(turn % testing::kLayouts); }
 
   Operand input_;
-  std::vector<Operand> weights_, biases_;
+  std::vector<Operand> weights_, biases_, saved_;
   std::vector<MlpLayer> layers_;
 };
 
@@ -239,6 +246,9 @@ void test_exact_sums() {
         stack.check_exact(outputs);
         change_settings();
         CHECK(stack.run(false).front() == outputs.back(), stack.name() << ", only the output");
+        Stack gradients(dtype, rows, widths, {.turn = turn, .saved = testing::exact_saved}, integer,
+                        sparse, integer);
+        gradients.check_exact(gradients.run(true, {90, 1}));
       }
     }
   }
@@ -253,37 +263,47 @@ double random_weight(std::int64_t i, std::int64_t j) {
   return values(i, j) / 8;
 }
 
+/// Outputs of a sigmoid.
+double random_saved(std::int64_t i, std::int64_t j) {
+  return 1 / (1 + std::exp(-4 * random_weight(i, j)));
+}
+
 /// The same bits in any order of threads, for any lateness, on any number of multiprocessors, with
 /// all weights in shared memory or not, whichever outputs are kept, and in a smaller batch.
+void test_random(DType dtype, const Widths& widths, const Stack::Options& options) {
+  static const Values x = testing::random_values(3, kMost, kMost, false);
+  Stack stack(dtype, 100, widths, options, x, random_weight, x);
+  for (const int approximation : {-1, 1}) {
+    change_settings();
+    settings().approximation = approximation;
+    stack.check_close(stack.run(true));
+  }
+  settings() = {};
+  const std::vector<Bytes> outputs = stack.run(true);
+  stack.check_close(outputs);
+  for (const cuda::Device device : {cuda::Device{90, 1}, {90, 132}, {86, 3}}) {
+    settings() = {.order = device.sm_count == 1 ? Order::kReverse : Order::kShuffled,
+                  .late_copies = device.sm_count == 3};
+    CHECK(stack.run(true, device) == outputs, stack.name() << ", sm_" << device.sm);
+    CHECK(stack.run(false, device).front() == outputs.back(), stack.name());
+  }
+  Stack small(dtype, 7, widths, options, x, random_weight, x);
+  CHECK(small.first_rows(small.run(false), 7) == stack.first_rows(outputs, 7), small.name());
+  if (size_of(dtype) == 2) return;
+  for (std::size_t i = 0; i + 1 < widths.size(); ++i) {
+    CHECK(stack.run_simt(i, outputs) == outputs[i], stack.name() << ", layer " << i);
+  }
+}
+
 void test_random() {
-  const Values x = testing::random_values(3, kMost, kMost, false);
-  const Widths all[] = {{64, 64, 64, 64, 64}, {100, 128, 120, 96, 10}, {24, 128, 8}};
   int turn = 0;
   for (const DType dtype : kDTypes) {
-    for (const Widths& widths : all) {
-      const Stack::Options options{6 * ++turn, Activation::kSigmoid,
-                                   turn % 2 == 0 ? Activation::kSigmoid : Activation::kIdentity};
-      Stack stack(dtype, 100, widths, options, x, random_weight, x);
-      for (const int approximation : {-1, 1}) {
-        change_settings();
-        settings().approximation = approximation;
-        stack.check_close(stack.run(true));
-      }
-      settings() = {};
-      const std::vector<Bytes> outputs = stack.run(true);
-      stack.check_close(outputs);
-      for (const cuda::Device device : {cuda::Device{90, 1}, {90, 132}, {86, 3}}) {
-        settings() = {.order = turn % 2 == 0 ? Order::kReverse : Order::kShuffled,
-                      .late_copies = device.sm_count == 3};
-        CHECK(stack.run(true, device) == outputs, stack.name() << ", sm_" << device.sm);
-        CHECK(stack.run(false, device).front() == outputs.back(), stack.name());
-      }
-      Stack small(dtype, 7, widths, options, x, random_weight, x);
-      CHECK(small.first_rows(small.run(false), 7) == stack.first_rows(outputs, 7), small.name());
-      if (size_of(dtype) == 2) continue;
-      for (std::size_t i = 0; i + 1 < widths.size(); ++i) {
-        CHECK(stack.run_simt(i, outputs) == outputs[i], stack.name() << ", layer " << i);
-      }
+    for (const Widths& widths :
+         {Widths{64, 64, 64, 64, 64}, {100, 128, 120, 96, 10}, {24, 128, 8}}) {
+      if (dtype == DType::kFloat64 && widths[1] > 64) continue;  // by layers
+      const Activation last = turn % 2 == 0 ? Activation::kSigmoid : Activation::kIdentity;
+      test_random(dtype, widths, {6 * turn, Activation::kSigmoid, last});
+      test_random(dtype, widths, {.turn = 6 * turn++, .saved = random_saved});
     }
   }
 }
@@ -301,6 +321,10 @@ void test_steps() {
       const std::vector<Bytes> outputs = stack.run(true);
       stack.check_close(outputs);
       CHECK(stack.run(false).front() == outputs.back(), stack.name() << ", only the output");
+      Stack gradients(dtype, 3, widths, {.turn = 6, .saved = random_saved}, integer, sparse,
+                      integer);
+      // Some products leave the gradient to a pass of its own.
+      gradients.check_close(gradients.run(true), 2);
     }
   }
 }

@@ -81,12 +81,12 @@ Status form_a(GemmDesc& desc, GemmPointers& at, void* memory, Stream stream);
 
 // ---- stacks of layers ---------------------------------------------------------------------------
 
-/// As gemm_workspace(), for mlp_forward() with the same arguments.
+/// As gemm_workspace(), for mlp() with the same arguments.
 std::size_t mlp_workspace(const Mlp& mlp, const Device& device);
 
 /// The layers one after the other, narrow ones that follow each other in one kernel. A row's bits
 /// are the same in every batch that goes through the same kernels, and whichever outputs are kept.
-Status mlp_forward(const Mlp& mlp, void* workspace, const Device& device, Stream stream);
+Status mlp(const Mlp& mlp, void* workspace, const Device& device, Stream stream);
 
 // ---- elementwise --------------------------------------------------------------------------------
 

@@ -11,7 +11,9 @@
 
 namespace neuron_ext {
 
-/// y = f(x Wᵀ + b). Strides are in elements and may be zero or negative.
+/// y = f(x Wᵀ + b), or, with a saved output of f, y = (x Wᵀ) f'(at saved): what backward goes down,
+/// dz for dz, is such a stack of the transposed weights. Strides are in elements and may be zero or
+/// negative.
 struct MlpLayer {
   std::int64_t in_features = 0, out_features = 0;
   Activation activation = Activation::kIdentity;
@@ -20,8 +22,10 @@ struct MlpLayer {
   std::int64_t weight_stride_out = 0, weight_stride_in = 1;
   const void* packed_weight = nullptr;  // as GemmPointers::packed_b, which says what is read then
 
-  const void* bias = nullptr;  // null: none
+  const void* bias = nullptr;  // null: none, as where there is a saved output
   std::int64_t bias_stride = 1;
+
+  const void* saved = nullptr;  // (rows, out_features), contiguous; or null
 
   // (rows, out_features), contiguous. Null for a hidden layer whose output nobody needs later: then
   // it exists only while the next layer reads it.
@@ -58,7 +62,12 @@ inline GemmDesc product_of(const Mlp& mlp, const MlpLayer& layer) {
   desc.d_stride_m = layer.out_features;
   desc.has_bias = layer.bias != nullptr;
   desc.bias_stride = layer.bias_stride;
-  desc.epilogue = layer.activation;
+  if (layer.saved == nullptr) {
+    desc.epilogue = layer.activation;
+  } else {
+    desc.epilogue_gradient = layer.activation;
+    desc.d_saved_stride_m = layer.out_features;
+  }
   return desc;
 }
 
