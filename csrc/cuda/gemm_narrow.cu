@@ -236,7 +236,7 @@ Cut cut_of(const GemmDesc& desc) {
   constexpr std::int64_t kWholeGpu = 128;  // blocks that occupy it, by one each
   Cut cut = {};
   // A block reads at least twice as many columns of B as rows of A, which come from L2.
-  const int rows = compiled_rows(desc.m);
+  const int rows = compiled_rows(desc.deciding_m());
   cut.warps_n = is_along(desc) ? rows / 8 : rows == 64 ? 2 : 1;
   cut.warps_k = kWarps / cut.warps_n;
   const int columns = cut.warps_n * (is_along(desc) ? kColumnsAlong : kColumnsAcross);
@@ -251,8 +251,8 @@ Cut cut_of(const GemmDesc& desc) {
 
 bool accepts(const GemmDesc& desc, const GemmPointers& at, const Device&) {
   constexpr std::int64_t kMostRows = 64, kSize = sizeof(BFloat16);
-  if (desc.m < kLeastRows || desc.m > kMostRows || desc.has_a_sum || desc.n == 0 || desc.k == 0 ||
-      desc.k % kVectorK != 0) {
+  if (desc.deciding_m() < kLeastRows || desc.deciding_m() > kMostRows || desc.has_a_sum ||
+      desc.n == 0 || desc.k == 0 || desc.k % kVectorK != 0) {
     return false;
   }
   // With a prologue, A is rewritten: its rows, if their elements are closer together than they are.
@@ -290,7 +290,7 @@ int run(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Dev
   const int error = run_prologue(problem.desc, problem.at, workspace, stream);
   if (error != 0) return error;
   const auto run_dtype = [&]<class T>(T*) {
-    switch (compiled_rows(desc.m)) {
+    switch (compiled_rows(desc.deciding_m())) {
       case 16:
         return run_as<T, 16>(problem, stream);
       case 32:

@@ -64,9 +64,9 @@ Cut cut_of(const GemmDesc& desc) {
   cut.groups = tiles_for(desc.m, 2) * tiles_for(desc.n, 2) >= kWholeGpu ? 2 : 1;
   cut.tiles_m = tiles_for(desc.m, cut.groups);
   cut.tiles_n = tiles_for(desc.n, cut.groups);
-  const std::int64_t tiles = cut.tiles_m * cut.tiles_n;
+  const std::int64_t whole = tiles_for(desc.deciding_m(), cut.groups) * cut.tiles_n;
   const std::int64_t wanted =
-      std::clamp<std::int64_t>(desc.k / kShortestChunk, 1, divide_up(2 * kWholeGpu, tiles));
+      std::clamp<std::int64_t>(desc.k / kShortestChunk, 1, divide_up(2 * kWholeGpu, whole));
   cut.chunk_k = std::max<std::int64_t>(kSumK, divide_up(divide_up(desc.k, wanted), kSumK) * kSumK);
   cut.chunks = std::max<std::int64_t>(1, divide_up(desc.k, cut.chunk_k));
   return cut;

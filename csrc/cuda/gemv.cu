@@ -346,7 +346,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // ---- launch ------------------------------------------------------------------------------------
 
-/// Which operand is the matrix and how it lies; `few` is 0 where there are too many vectors.
+/// Which operand is the matrix and how it lies; `few` is 0 where there are too many vectors. Counts
+/// are those that decide (GemmDesc::deciding_m).
 struct Form {
   bool few_are_columns, is_along;
   std::int64_t few, lines;
@@ -354,22 +355,22 @@ struct Form {
 
 Form form_of(const GemmDesc& desc) {
   const std::int64_t most = most_vectors(size_of(desc.dtype));
-  const std::int64_t columns = desc.n + (desc.has_a_sum ? 1 : 0);
-  const bool rows_fit = desc.m <= most, columns_fit = columns <= most;
-  const bool few_are_columns = columns_fit && (!rows_fit || desc.has_a_sum || columns <= desc.m);
+  const std::int64_t m = desc.deciding_m(), columns = desc.n + (desc.has_a_sum ? 1 : 0);
+  const bool rows_fit = m <= most, columns_fit = columns <= most;
+  const bool few_are_columns = columns_fit && (!rows_fit || desc.has_a_sum || columns <= m);
   if (!rows_fit && !columns_fit) return {};
   const auto is_along = [](std::int64_t stride, std::int64_t stride_k) {
     return std::abs(stride_k) <= std::abs(stride);
   };
   if (!few_are_columns) {
     // Sums of the vectors come only beside lines across k, which the gradient of a weight has.
-    return {false, !desc.has_a_sum && is_along(desc.b_stride_n, desc.b_stride_k), desc.m, desc.n};
+    return {false, !desc.has_a_sum && is_along(desc.b_stride_n, desc.b_stride_k), m, desc.n};
   }
   return {true,
           desc.prologue == Activation::kIdentity
               ? is_along(desc.a_stride_m, desc.a_stride_k)
               : is_along(desc.saved_stride_m, desc.saved_stride_k),
-          columns, desc.m};
+          columns, m};
 }
 
 /// How many vectors a kernel is compiled for: fewer than the largest only where it pays, for one
@@ -409,13 +410,17 @@ Cut cut_of(const GemmDesc& desc, const Form& form) {
     cut.block_lines = kWarps / cut.warps_k * lanes * static_cast<int>(vector);
     shortest = std::int64_t{kLeastTurns} * cut.warps_k * cut.lanes_k;
   }
-  cut.blocks = std::max<std::int64_t>(1, divide_up(form.lines, cut.block_lines));
+  const auto blocks_for = [&](std::int64_t lines) {
+    return std::max<std::int64_t>(1, divide_up(lines, cut.block_lines));
+  };
+  cut.blocks = blocks_for(form.few_are_columns ? desc.m : desc.n);
+  const std::int64_t whole = blocks_for(form.lines);
   // The second kernel costs about what half the multiprocessors take longer for a matrix of a few
   // megabytes.
   cut.chunks =
-      cut.blocks * 2 >= kWholeGpu
+      whole * 2 >= kWholeGpu
           ? 1
-          : std::clamp<std::int64_t>(desc.k / shortest, 1, divide_up(2 * kWholeGpu, cut.blocks));
+          : std::clamp<std::int64_t>(desc.k / shortest, 1, divide_up(2 * kWholeGpu, whole));
   constexpr std::int64_t kGranule = 64;  // whole vectors, and lines that are aligned
   cut.chunk_k = std::max(kGranule, divide_up(divide_up(desc.k, cut.chunks), kGranule) * kGranule);
   cut.chunks = std::max<std::int64_t>(1, divide_up(desc.k, cut.chunk_k));
@@ -504,8 +509,8 @@ int run(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Dev
   problem.few_are_columns = form.few_are_columns;
   problem.sums_few = desc.has_a_sum && !form.few_are_columns;
   problem.has_ones = desc.has_a_sum && form.few_are_columns;
-  problem.few = static_cast<int>(form.few);
-  problem.lines = form.lines;
+  problem.few = static_cast<int>(form.few_are_columns ? form.few : desc.m);
+  problem.lines = form.few_are_columns ? desc.m : desc.n;
   problem.matrix = form.few_are_columns ? a : b;
   problem.vectors = form.few_are_columns ? b : a;
   problem.cut = cut_of(desc, form);

@@ -35,9 +35,10 @@ inline std::unique_ptr<emulator::GlobalArray> on_device(const std::vector<std::b
   return array;
 }
 
-/// As Product::compute, by a CUDA kernel. Outputs are given as unwritten memory.
-inline Product::Result compute(const cuda::GemmKernel& kernel, const Product& product,
-                               const cuda::Device& device = kDevice) {
+/// As Product::compute, on the emulator. workspace_of(pointers): in bytes; run(pointers, workspace)
+/// returns an error. Outputs are given as unwritten memory.
+template <class Workspace, class Run>
+Product::Result compute_by(const Product& product, const Workspace& workspace_of, const Run& run) {
   const GemmDesc& desc = product.desc;
   const std::int64_t size = size_of(desc.dtype);
   const auto a = on_device(product.a.storage, "A"), b = on_device(product.b.storage, "B");
@@ -56,7 +57,6 @@ inline Product::Result compute(const cuda::GemmKernel& kernel, const Product& pr
   emulator::GlobalArray a_sum(bytes(desc.m + 2 * Product::kGuard), "a_sum");
   std::memset(d.data(), 0xa5, d.size());
   std::memset(a_sum.data(), 0xa5, a_sum.size());
-  emulator::GlobalArray workspace(kernel.workspace(desc, device), "workspace");
   const GemmPointers at{moved(product.inputs.a, product.a.storage, *a),
                         moved(product.inputs.b, product.b.storage, *b),
                         d.data() + bytes(Product::kGuard),
@@ -64,9 +64,30 @@ inline Product::Result compute(const cuda::GemmKernel& kernel, const Product& pr
                         moved(product.inputs.saved, product.saved.storage, *saved),
                         moved(product.inputs.d_saved, product.d_saved.storage, *d_saved),
                         a_sum.data() + bytes(Product::kGuard)};
-  const int error = cuda::run_row(kernel, desc, at, workspace.data(), device, nullptr);
-  CHECK(error == 0, kernel.name << ' ' << product.name() << ": " << emulator::last_error());
+  emulator::GlobalArray workspace(workspace_of(at), "workspace");
+  const int error = run(at, workspace.data());
+  CHECK(error == 0, product.name() << ": " << emulator::last_error());
   return {{d.data(), d.data() + d.size()}, {a_sum.data(), a_sum.data() + a_sum.size()}};
+}
+
+/// By a row that needn't be the one to be chosen.
+inline Product::Result compute(const cuda::GemmKernel& kernel, const Product& product,
+                               const cuda::Device& device = kDevice) {
+  return compute_by(
+      product, [&](const GemmPointers&) { return kernel.workspace(product.desc, device); },
+      [&](const GemmPointers& at, void* workspace) {
+        return cuda::run_row(kernel, product.desc, at, workspace, device, nullptr);
+      });
+}
+
+/// By the row that is chosen.
+inline Product::Result compute(const Product& product, const cuda::Device& device) {
+  return compute_by(
+      product,
+      [&](const GemmPointers& at) { return cuda::gemm_workspace(product.desc, at, device); },
+      [&](const GemmPointers& at, void* workspace) {
+        return cuda::gemm(product.desc, at, workspace, device, nullptr).error;
+      });
 }
 
 /// Bit for bit the reference's result, rounded once; for operands whose sums are exact.
