@@ -307,7 +307,14 @@ constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
 
 }  // namespace
 
-const GemmKernel gemm_narrow = {"gemm_narrow", kDTypes,   kLowestSm, 999,
-                                accepts,       workspace, run,       true};
+const GemmKernel gemm_narrow = {.name = "gemm_narrow",
+                                .dtypes = kDTypes,
+                                .lowest_sm = kLowestSm,
+                                .highest_sm = 999,
+                                .accepts = accepts,
+                                .workspace = workspace,
+                                .run = run,
+                                .forms_a = true,
+                                .takes_epilogue_gradient = true};
 
 }  // namespace neuron_ext::cuda

@@ -536,6 +536,13 @@ constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16,
 
 }  // namespace
 
-const GemmKernel gemv = {"gemv", kDTypes, kLowestSm, 999, accepts, workspace, run};
+const GemmKernel gemv = {.name = "gemv",
+                         .dtypes = kDTypes,
+                         .lowest_sm = kLowestSm,
+                         .highest_sm = 999,
+                         .accepts = accepts,
+                         .workspace = workspace,
+                         .run = run,
+                         .takes_epilogue_gradient = true};
 
 }  // namespace neuron_ext::cuda
