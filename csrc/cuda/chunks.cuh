@@ -22,6 +22,13 @@ NEURON_EXT_DEVICE void finish(const GemmDesc& desc, const GemmPointers& at, std:
   static_cast<T*>(at.d)[i * desc.d_stride_m + j] = ptx::narrow<T>(sum);
 }
 
+/// Where a chunk's sum for D[i, j] goes.
+template <class T>
+NEURON_EXT_DEVICE Accumulator<T>& chunk_sum(const GemmDesc& desc, const ChunkSums& sums,
+                                            std::int64_t chunk, std::int64_t i, std::int64_t j) {
+  return static_cast<Accumulator<T>*>(sums.base)[(chunk * desc.m + i) * desc.n + j];
+}
+
 template <class T>
 NEURON_EXT_DEVICE void store_sum(const GemmDesc& desc, const GemmPointers& at,
                                  const ChunkSums& sums, std::int64_t chunk, std::int64_t i,
@@ -29,7 +36,7 @@ NEURON_EXT_DEVICE void store_sum(const GemmDesc& desc, const GemmPointers& at,
   if (sums.base == nullptr) {
     finish<T>(desc, at, i, j, sum);
   } else {
-    static_cast<Accumulator<T>*>(sums.base)[(chunk * desc.m + i) * desc.n + j] = sum;
+    chunk_sum<T>(desc, sums, chunk, i, j) = sum;
   }
 }
 

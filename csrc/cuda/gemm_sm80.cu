@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "activation.cuh"
+#include "chunks.cuh"
 #include "gemm_config.h"
 #include "gemm_tiles.cuh"
 #include "prologue.h"
@@ -66,7 +66,9 @@ struct Problem {
   GemmPointers at;
   Cut cut;
   Matrix a, b;
-  bool d_is_aligned;  // so that pieces of its rows can be stored
+  bool d_is_aligned;     // so that pieces of its rows can be stored
+  unsigned chunk_steps;  // of a ring's stages: of a block, which has one of the chunks of k
+  ChunkSums sums;
 };
 
 // ---- operands ----------------------------------------------------------------------------------
@@ -288,6 +290,26 @@ NEURON_EXT_DEVICE void store(const Problem& problem,
   }
 }
 
+/// All of a warp's sums of a chunk of k, as they are.
+template <class T, int kRows, int kColumns>
+NEURON_EXT_DEVICE void store_chunk(const Problem& problem,
+                                   const Accumulator<T> (&sums)[kRows][kColumns][4], int i0,
+                                   int j0) {
+  const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const std::int64_t i = i0 + 16 * r + g + e / 2 * 8, j = j0 + 8 * c + 2 * t + e % 2;
+        if (i >= problem.desc.m || j >= problem.desc.n) continue;
+        chunk_sum<T>(problem.desc, problem.sums, blockIdx.y, i, j) = sums[r][c][e];
+      }
+    }
+  }
+}
+
 // ---- the product -------------------------------------------------------------------------------
 
 template <class T, int kWarpsN, bool kAAlongK, bool kBAlongK>
@@ -303,14 +325,16 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * ptx::kWarp, kWideWarpsN / 
   const int warp = static_cast<int>(threadIdx.x) / ptx::kWarp;
   const int i_warp = warp % kWarpsM * S::kWarpRows, j_warp = warp / kWarpsM * S::kWarpColumns;
   const TilePlace place = problem.cut.place<kN>(blockIdx.x);
-  const auto steps = static_cast<unsigned>((problem.desc.k + S::kK - 1) / S::kK);
+  const auto all_steps = static_cast<unsigned>((problem.desc.k + S::kK - 1) / S::kK);
+  const unsigned first_step = blockIdx.y * problem.chunk_steps, rest = all_steps - first_step;
+  const unsigned steps = rest < problem.chunk_steps ? rest : problem.chunk_steps;
 
   // Every step ends a group of copies, be it empty, so that those to come are counted alike.
   const auto copy = [&](unsigned step) {
     if (step < steps) {
       T* const a = shared.a + step % kStages * Memory::kStageA;
       T* const b = shared.b + step % kStages * Memory::kStageB;
-      const int k = static_cast<int>(step) * S::kK;
+      const int k = static_cast<int>(first_step + step) * S::kK;
       ATile::template copy<kThreads>(a, problem.a, kAAlongK ? place.i : k, kAAlongK ? k : place.i);
       BTile::template copy<kThreads>(b, problem.b, kBAlongK ? place.j : k, kBAlongK ? k : place.j);
     }
@@ -365,7 +389,9 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * ptx::kWarp, kWideWarpsN / 
                 sizeof(shared.a));
   T* const part = shared.a + warp * Part<T>::kRows * Part<T>::kColumns;
   const int i0 = place.i + i_warp, j0 = place.j + j_warp;
-  if (problem.desc.has_epilogue_gradient()) {
+  if (problem.sums.base != nullptr) {
+    store_chunk<T>(problem, sums, i0, j0);
+  } else if (problem.desc.has_epilogue_gradient()) {
     store<T, Differentiated<T>>(problem, sums, part, i0, j0);
   } else if (problem.desc.epilogue == Activation::kSigmoid) {
     store<T, Activated<T, Sigmoid>>(problem, sums, part, i0, j0);
@@ -403,20 +429,41 @@ int wide_of(DType dtype) {
          (dtype == DType::kFloat64 ? Shape<double>::kWarpColumns : Shape<float>::kWarpColumns);
 }
 
+/// How k is cut where D has too few tiles to occupy a GPU: by the shape alone, so that results
+/// don't depend on the GPU.
+struct Chunks {
+  std::int64_t steps, count;
+};
+
+constexpr std::int64_t kWholeGpu = 128;  // blocks that occupy it, by one each
+
+std::int64_t narrow_tiles(const GemmDesc& desc) {
+  return divide_up(desc.deciding_m(), kM) * divide_up(desc.n, wide_of(desc.dtype) / 2);
+}
+
+Chunks chunks_of(const GemmDesc& desc) {
+  // Several turns of the ring for each, so that filling it and adding the sums up are little
+  // beside.
+  constexpr std::int64_t kLeastSteps = 8 * kStages;
+  const std::int64_t steps = divide_up(desc.k, kRowBytes / size_of(desc.dtype));
+  const std::int64_t wanted =
+      std::clamp<std::int64_t>(steps / kLeastSteps, 1, divide_up(kWholeGpu, narrow_tiles(desc)));
+  const std::int64_t chunk = divide_up(steps, wanted);
+  return {chunk, divide_up(steps, chunk)};
+}
+
 /// Whether few tiles on tensor cores take no longer than what gemm_simt makes of the product, which
-/// occupies a GPU with smaller tiles, and cuts k.
+/// occupies a GPU with smaller tiles and chunks.
 bool is_worth_tensor_cores(const GemmDesc& desc) {
-  constexpr std::int64_t kWholeGpu = 128, kChunk = 512;
+  constexpr std::int64_t kChunk = 512;
   // Products per clock, in those of multiply-adds: of an A100, 1024, 512 and 64 for 64 and 32.
   const std::int64_t gain = desc.dtype == DType::kFloat64   ? 2
                             : desc.dtype == DType::kFloat32 ? 8
                                                             : 16;
   const std::int64_t side = desc.dtype == DType::kFloat64 ? 32 : 64;
-  const std::int64_t m = desc.deciding_m();
-  const std::int64_t tiles = divide_up(m, kM) * divide_up(desc.n, wide_of(desc.dtype) / 2);
-  const std::int64_t others =
-      divide_up(m, side) * divide_up(desc.n, side) * std::max<std::int64_t>(1, desc.k / kChunk);
-  return tiles * gain >= std::min(kWholeGpu, others);
+  const std::int64_t others = divide_up(desc.deciding_m(), side) * divide_up(desc.n, side) *
+                              std::max<std::int64_t>(1, desc.k / kChunk);
+  return narrow_tiles(desc) * chunks_of(desc).count * gain >= std::min(kWholeGpu, others);
 }
 
 bool accepts(const GemmDesc& desc, const GemmPointers& at, const Device&) {
@@ -430,7 +477,9 @@ bool accepts(const GemmDesc& desc, const GemmPointers& at, const Device&) {
          make_cut(desc, wide_of(desc.dtype) / 2).tiles <= kLargest && is_worth_tensor_cores(desc);
 }
 
-std::size_t workspace(const GemmDesc& desc, const Device&) { return prologue_workspace(desc); }
+std::size_t workspace(const GemmDesc& desc, const Device&) {
+  return prologue_workspace(desc) + chunk_bytes(desc, chunks_of(desc).count);
+}
 
 template <class T, int kWarpsN>
 int run_as(const Problem& problem, Stream stream) {
@@ -442,8 +491,8 @@ int run_as(const Problem& problem, Stream stream) {
                                          : gemm_sm80_kernel<T, kWarpsN, false, false>);
   return ptx::launch(
       kernel,
-      {dim3(static_cast<unsigned>(problem.cut.tiles)), dim3(kWarpsM * kWarpsN * ptx::kWarp),
-       sizeof(Shared<T, kWarpsN * Shape<T>::kWarpColumns>)},
+      {dim3(static_cast<unsigned>(problem.cut.tiles), static_cast<unsigned>(problem.sums.chunks)),
+       dim3(kWarpsM * kWarpsN * ptx::kWarp), sizeof(Shared<T, kWarpsN * Shape<T>::kWarpColumns>)},
       stream, problem);
 }
 
@@ -451,21 +500,29 @@ int run(const GemmDesc& whole_desc, const GemmPointers& whole_at, void* workspac
         const Device& device, Stream stream) {
   GemmDesc desc = whole_desc;
   GemmPointers at = whole_at;
-  const int error = run_prologue(desc, at, workspace, stream);
+  int error = run_prologue(desc, at, workspace, stream);
   if (error != 0) return error;
+  const Chunks chunks = chunks_of(desc);
+  ChunkSums sums;
+  if (chunks.count > 1) {
+    sums = {static_cast<std::byte*>(workspace) + prologue_workspace(whole_desc), chunks.count};
+  }
   const int wide = wide_of(desc.dtype);
   const std::int64_t piece = kPieceBytes / size_of(desc.dtype);
-  const Problem problem{desc,
-                        at,
-                        choose_cut(desc, device, wide),
-                        a_of(desc, at).matrix(),
-                        b_of(desc, at).matrix(),
-                        desc.n % piece == 0 &&
-                            has_aligned_rows(desc.dtype, at.d, desc.m, desc.n, desc.d_stride_m, 1)};
-  return visit_dtype(desc.dtype, [&]<class T>(T*) {
+  const Problem problem{
+      desc,
+      at,
+      choose_cut(desc, device, wide),
+      a_of(desc, at).matrix(),
+      b_of(desc, at).matrix(),
+      desc.n % piece == 0 && has_aligned_rows(desc.dtype, at.d, desc.m, desc.n, desc.d_stride_m, 1),
+      static_cast<unsigned>(chunks.steps),
+      sums};
+  error = visit_dtype(desc.dtype, [&]<class T>(T*) {
     return problem.cut.tile_n == wide ? run_as<T, kWideWarpsN>(problem, stream)
                                       : run_as<T, kNarrowWarpsN>(problem, stream);
   });
+  return error != 0 ? error : add_chunks(desc, at, sums, stream);
 }
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};

@@ -270,7 +270,15 @@ Operand b_of(const GemmDesc& desc, const GemmPointers& at) {
   return {at.b, desc.n, desc.k, desc.b_stride_n, desc.b_stride_k};
 }
 
+/// Whether tiles are so few that gemm_sm80 takes less time: its tensor cores' instructions take
+/// twice as long, but it cuts k, of this length into four chunks or more.
+bool leaves_gpu_idle(const GemmDesc& desc) {
+  constexpr std::int64_t kFewTiles = 32, kLongK = 4096;
+  return divide_up(desc.deciding_m(), kM) * divide_up(desc.n, kM) <= kFewTiles && desc.k >= kLongK;
+}
+
 bool accepts(const GemmDesc& desc, const GemmPointers& at, const Device&) {
+  if (leaves_gpu_idle(desc)) return false;
   const Operand a = a_of(desc, at), b = b_of(desc, at);
   // With a prologue, A is rewritten.
   const bool takes_a = desc.prologue == Activation::kIdentity

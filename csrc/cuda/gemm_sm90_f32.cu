@@ -243,6 +243,18 @@ Layout layout_of(const GemmDesc& desc) {
   return layout;
 }
 
+/// Whether few tiles on tensor cores take no longer than what gemm_simt makes of the product, which
+/// occupies a GPU with smaller tiles and chunks of k.
+bool is_worth_tensor_cores(const GemmDesc& desc) {
+  constexpr std::int64_t kWholeGpu = 128, kSide = 64, kChunk = 512;
+  constexpr std::int64_t kGain = 4;  // of six products to one, at 60 % of the multiply-adds' peak
+  const auto tiles = [&](std::int64_t side) {
+    return divide_up(desc.deciding_m(), side) * divide_up(desc.n, side);
+  };
+  const std::int64_t others = tiles(kSide) * std::max<std::int64_t>(1, desc.k / kChunk);
+  return tiles(kM) * kGain >= std::min(kWholeGpu, others);
+}
+
 bool accepts(const GemmDesc& desc, const GemmPointers&, const Device&) {
   // Below, splitting costs more than it gains.
   constexpr std::int64_t kLeast = 128, kLeastK = 256;
@@ -250,7 +262,7 @@ bool accepts(const GemmDesc& desc, const GemmPointers&, const Device&) {
   const std::int64_t blocks = divide_up(std::max(desc.m, desc.n), kBlock);
   return desc.precision != Precision::kStrict && desc.deciding_m() >= kLeast && desc.n >= kLeast &&
          desc.k >= kLeastK && std::max(desc.m, desc.n) <= kMost && desc.k <= kLargest &&
-         blocks * (padded_k(desc) / kBlock) <= kLargest;
+         blocks * (padded_k(desc) / kBlock) <= kLargest && is_worth_tensor_cores(desc);
 }
 
 std::size_t workspace(const GemmDesc& desc, const Device&) {

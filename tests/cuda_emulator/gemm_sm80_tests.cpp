@@ -49,8 +49,8 @@ void set_d_stride(Product& product, bool is_aligned) {
   product.desc.d_stride_m = (product.desc.n + 7) / 8 * 8 + (is_aligned ? 8 : 1);
 }
 
-/// Around the edges of tiles, of a warp's part, of pieces, of stages, and of the ring; operands of
-/// rows that aren't full pieces.
+/// Around the edges of tiles, of a warp's part, of pieces, of stages, of the ring, and of chunks of
+/// k; operands of rows that aren't full pieces.
 void test_exact_sums() {
   struct Size {
     std::int64_t m, n, k;  // n: beyond wide tiles, k: beyond stages
@@ -58,11 +58,23 @@ void test_exact_sums() {
   int turn = 0, taken = 0;
   for (const DType dtype : kDTypes) {
     const std::int64_t w = wide(dtype), s = stage_k(dtype);
-    const Size sizes[] = {{8, 8, 8},    {1, 8, 16},       {16, 1, 8},
-                          {64, 64, s},  {72, 56, s + 8},  {63, w - 1, 1},
-                          {129, w, 2},  {136, 24, 3 * s}, {40, w + 8, 4 * s},
-                          {65, 72, 63}, {8, 136, 200},    {128, w / 2, 5 * s - 1},
-                          {2056, 8, 8}, {9, 7, 1},        {24, 40, 6 * s}};
+    const Size sizes[] = {{8, 8, 8},
+                          {1, 8, 16},
+                          {16, 1, 8},
+                          {64, 64, s},
+                          {72, 56, s + 8},
+                          {63, w - 1, 1},
+                          {129, w, 2},
+                          {136, 24, 3 * s},
+                          {40, w + 8, 4 * s},
+                          {65, 72, 63},
+                          {8, 136, 200},
+                          {128, w / 2, 5 * s - 1},
+                          {2056, 8, 8},
+                          {9, 7, 1},
+                          {24, 40, 6 * s},
+                          {72, 56, 64 * s},
+                          {8, 136, 100 * s + 8}};
     for (const auto& [m, n, k] : sizes) {
       for (const Layout a : {Layout::kRows, Layout::kColumns}) {
         for (const Layout b : {Layout::kRows, Layout::kColumns}) {
@@ -230,8 +242,10 @@ void test_refusals() {
     CHECK(!is_taken(dtype, [&](Desc&, At& at) { at.b = moved(at.b); }), "B between 16 bytes");
     CHECK(!is_taken(dtype, [](Desc& d, At&) { d.m = std::int64_t{1} << 31; }),
           "rows beyond 32 bits");
-    CHECK(!is_taken(dtype, [](Desc& d, At&) { d.m = d.n = 64, d.k = 65536; }), "one tile, much k");
+    CHECK(is_taken(dtype, [](Desc& d, At&) { d.m = d.n = 64, d.k = 65536; }), "one tile, much k");
   }
+  CHECK(!is_taken(DType::kFloat64, [](Desc& d, At&) { d.m = d.n = 120, d.k = 512; }),
+        "tiles and chunks that leave a GPU idle");
   CHECK(is_taken(DType::kBFloat16, [](Desc& d, At&) { d.m = d.n = 64; }), "one tile, little k");
   CHECK(!is_taken(DType::kFloat32, [](Desc& d, At&) { d.precision = Precision::kHighest; }),
         "exact f32");
