@@ -7,6 +7,7 @@
 #include "neuron_ext/cuda.h"
 #include "neuron_ext/gemm.h"
 #include "ptx/target.cuh"
+#include "vector.cuh"
 
 namespace neuron_ext::cuda {
 namespace {
@@ -22,8 +23,8 @@ constexpr std::int64_t kLargest = (std::int64_t{1} << 31) - 256;
 /// that an int holds.
 inline bool has_aligned_rows(DType dtype, const void* base, std::int64_t rows, std::int64_t columns,
                              std::int64_t row_stride, std::int64_t column_stride) {
-  return column_stride == 1 && row_stride * size_of(dtype) % 16 == 0 && rows <= kLargest &&
-         columns <= kLargest && reinterpret_cast<std::uintptr_t>(base) % 16 == 0;
+  return rows <= kLargest && columns <= kLargest &&
+         cuda::has_aligned_rows(base, size_of(dtype), column_stride, row_stride);
 }
 
 struct TilePlace {

@@ -21,6 +21,7 @@
 #include "ptx/launch.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/sync.cuh"
+#include "vector.cuh"
 
 namespace neuron_ext::cuda {
 namespace {
@@ -28,8 +29,8 @@ namespace {
 constexpr int kSpan = 32;    // columns
 constexpr int kHeights = 2;  // of mma's 16 rows; two halve what is read of shared memory
 constexpr int kRows = 16 * kHeights;
-constexpr int kTiles = 2;   // of D, 8 columns each, at a time: of a span's four
-constexpr int kVector = 8;  // elements of 16 bytes
+constexpr int kTiles = 2;                       // of D, 8 columns each, at a time: of a span's four
+constexpr int kNeighbours = kVector<BFloat16>;  // columns of a lane in a span
 
 /// A multiprocessor has one block, whose threads may have 168 or 255 registers: beside the sums,
 /// what was a layer's input and what will be its output take as many as it's wide.
@@ -61,12 +62,6 @@ struct Launch {
   bool is_resident;  // all weights are in shared memory
 };
 
-template <class T>
-union Vector {
-  ptx::Bytes16 bytes;
-  T elements[kVector];
-};
-
 NEURON_EXT_DEVICE bool is_aligned(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address) % sizeof(ptx::Bytes16) == 0;
 }
@@ -77,7 +72,7 @@ struct Matrix {
 
   /// Whether a row is 16 bytes after 16 bytes.
   NEURON_EXT_DEVICE bool is_whole() const {
-    return stride_column == 1 && stride_row % kVector == 0 && columns % kVector == 0 &&
+    return stride_column == 1 && stride_row % kNeighbours == 0 && columns % kNeighbours == 0 &&
            is_aligned(base);
   }
   NEURON_EXT_DEVICE Matrix transposed() const {
@@ -101,23 +96,23 @@ NEURON_EXT_DEVICE void load(Parameters<T, kWidth>& parameters, const MlpLayer& l
   const std::int64_t stride_out = layer.weight_stride_out, stride_in = layer.weight_stride_in;
   const Matrix matrix{weight, out, in, stride_out, stride_in};
   if (matrix.is_whole()) {
-    constexpr int kVectors = kWidth / kVector;
+    constexpr int kVectors = kWidth / kNeighbours;
     for (int v = thread; v < rows * kVectors; v += kThreads<kWidth>) {
-      const int row = v / kVectors, column = v % kVectors * kVector;
+      const int row = v / kVectors, column = v % kVectors * kNeighbours;
       const bool is_inside = row < out && column < in;
       ptx::copy_async<16>(&parameters.weight[P::place(row, column)],
                           is_inside ? weight + row * stride_out + column : weight, is_inside);
     }
   } else if (matrix.transposed().is_whole()) {
     // Neighbouring lanes store neighbours, of a column each.
-    for (int v = thread; v < rows / kVector * kWidth; v += kThreads<kWidth>) {
-      const int row = v / kWidth * kVector, column = v % kWidth;
+    for (int v = thread; v < rows / kNeighbours * kWidth; v += kThreads<kWidth>) {
+      const int row = v / kWidth * kNeighbours, column = v % kWidth;
       Vector<T> vector = {};
       if (row < out && column < in) {
         vector.bytes = ptx::load_16_bytes(weight + column * stride_in + row);
       }
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) {
+      for (int e = 0; e < kNeighbours; ++e) {
         parameters.weight[P::place(row + e, column)] = vector.elements[e];
       }
     }
@@ -140,7 +135,7 @@ NEURON_EXT_DEVICE void load(Parameters<T, kWidth>& parameters, const MlpLayer& l
 template <class T>
 NEURON_EXT_DEVICE void load(Span& span, const Matrix& matrix, int tile, int s) {
   const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
-  const int column = s * kSpan + t * kVector;
+  const int column = s * kSpan + t * kNeighbours;
 #pragma unroll
   for (int r = 0; r < kRows / 8; ++r) {
     const std::int64_t row = std::int64_t{kRows} * tile + 8 * r + g;
@@ -152,7 +147,7 @@ NEURON_EXT_DEVICE void load(Span& span, const Matrix& matrix, int tile, int s) {
         vector.bytes = ptx::load_16_bytes(at);
       } else {
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) {
+        for (int e = 0; e < kNeighbours; ++e) {
           if (column + e < matrix.columns) vector.elements[e] = at[e * matrix.stride_column];
         }
       }
@@ -167,8 +162,8 @@ template <class T>
 NEURON_EXT_DEVICE void store(const Span& span, int s, const MlpLayer& layer, int tile,
                              std::int64_t count) {
   const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
-  const int out = static_cast<int>(layer.out_features), column = s * kSpan + t * kVector;
-  const bool is_whole = out % kVector == 0 && is_aligned(layer.output);
+  const int out = static_cast<int>(layer.out_features), column = s * kSpan + t * kNeighbours;
+  const bool is_whole = out % kNeighbours == 0 && is_aligned(layer.output);
 #pragma unroll
   for (int r = 0; r < kRows / 8; ++r) {
     const std::int64_t row = std::int64_t{kRows} * tile + 8 * r + g;
@@ -181,7 +176,7 @@ NEURON_EXT_DEVICE void store(const Span& span, int s, const MlpLayer& layer, int
       ptx::store_16_bytes(at, vector.bytes);
     } else {
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) {
+      for (int e = 0; e < kNeighbours; ++e) {
         if (column + e < out) at[e] = vector.elements[e];
       }
     }
@@ -236,7 +231,7 @@ NEURON_EXT_DEVICE void clear_beyond(Span& span, int columns) {
   const int t = ptx::lane_id() % 4;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int left = columns - (kVector * t + 2 * j);
+    const int left = columns - (kNeighbours * t + 2 * j);
     const std::uint32_t kept = left >= 2 ? 0xffffffffu : left == 1 ? 0xffffu : 0;
 #pragma unroll
     for (int m = 0; m < kHeights; ++m) {
@@ -255,8 +250,8 @@ NEURON_EXT_DEVICE void run_layer(const Parameters<T, kWidth>& parameters, const 
   const int out = static_cast<int>(layer.out_features);
   const int spans_in = spans_of(layer.in_features), spans_out = spans_of(out);
   // Of the weight's rows that are columns of B; row g % 2 of each pair, which decides on the swap.
-  const T* const weight = parameters.weight + (8 * (g / 2) + g % 2) * kWidth + kVector * t;
-  const float* const bias = parameters.bias + kVector * t;
+  const T* const weight = parameters.weight + (8 * (g / 2) + g % 2) * kWidth + kNeighbours * t;
+  const float* const bias = parameters.bias + kNeighbours * t;
   Rows<kWidth> next = {};
 #pragma unroll
   for (int c = 0; c < kSpans; ++c) {
