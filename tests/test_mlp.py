@@ -230,6 +230,22 @@ def test_only_wanted_gradients(output_activation: str | None) -> None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@each_output
+def test_gradients_of_a_long_batch(output_activation: str | None) -> None:
+    """Rows go back in blocks; as torch's to 1e-12, whichever of them are wanted."""
+    x, (w, b) = normal(33_000, 4, dtype=torch.float64), stack([4, 3, 6, 2], torch.float64)
+    dy = normal(2, 33_000, dtype=torch.float64).T
+    for wanted in (range(7), (0,), (1, 6), (2, 4), (3,)):
+        grads = []
+        for mlp in (functional.mlp, torch_mlp):
+            leaves = [t.clone() for t in (x, *w, *b) if t is not None]
+            inputs = [leaves[i].requires_grad_() for i in wanted]
+            y = mlp(leaves[0], leaves[1:4], list(leaves[4:]), output_activation)
+            grads.append(torch.autograd.grad(y, inputs, dy))
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * len(x) ** 0.5)
+
+
 @each_dtype
 def test_gradients_of_a_sum_and_of_a_shared_weight(dtype: torch.dtype, isa: str) -> None:
     tolerance = 8 * torch.finfo(dtype).eps

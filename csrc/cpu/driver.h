@@ -84,6 +84,13 @@ template <class S>
 void store_sums(const GemmFunctions& functions, const GemmDesc& desc, const GemmPointers& at,
                 std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns,
                 const S* tile, std::int64_t tile_stride, const S* bias = nullptr) {
+  if (desc.adds) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      S* const sums = static_cast<S*>(at.d) + (i + r) * desc.d_stride_m + j;
+      for (std::int64_t c = 0; c < columns; ++c) sums[c] += tile[r * tile_stride + c];
+    }
+    return;
+  }
   void* const d = offset(at.d, desc.dtype, i * desc.d_stride_m + j);
   // Rows that follow each other are one.
   if (bias == nullptr && columns == tile_stride && columns == desc.d_stride_m &&
@@ -98,6 +105,15 @@ void store_sums(const GemmFunctions& functions, const GemmDesc& desc, const Gemm
   } else {
     functions.epilogue(desc.epilogue, rows, columns, tile, tile_stride, bias, d, desc.d_stride_m);
   }
+}
+
+/// The same for a_sum.
+template <class S>
+void store_a_sums(const GemmFunctions& functions, const GemmDesc& desc, const GemmPointers& at,
+                  std::int64_t i, std::int64_t rows, const S* a_sums) {
+  if (!desc.adds) return functions.narrow_row(rows, a_sums, offset(at.a_sum, desc.dtype, i));
+  S* const sums = static_cast<S*>(at.a_sum) + i;
+  for (std::int64_t r = 0; r < rows; ++r) sums[r] += a_sums[r];
 }
 
 /// What is left of the sums after the last block of k: bias, activation, and D's only store, for

@@ -254,7 +254,7 @@ class BlockedProduct {
       }
       pc += kc;
     } while (pc < last);
-    if (finishes && place.sums_a) store_a_sums(place, a_sums);
+    if (finishes && place.sums_a) store_a_sums(functions_, desc_, at_, place.i, place.rows, a_sums);
   }
 
   /// `count` rows of A or columns of B from mn on, of `all`, packed into `room` of a whole tile.
@@ -323,11 +323,7 @@ class BlockedProduct {
     }
     if (!place.sums_a) return;
     add_chunks(sums + tiles_size(), place.rows);
-    store_a_sums(place, sums + tiles_size());
-  }
-
-  void store_a_sums(const Place& place, const S* a_sums) const {
-    functions_.narrow_row(place.rows, a_sums, offset(at_.a_sum, desc_.dtype, place.i));
+    store_a_sums(functions_, desc_, at_, place.i, place.rows, sums + tiles_size());
   }
 
   const GemmKernel& kernel_;
@@ -384,7 +380,7 @@ void pack_b(const Packing& packing, const GemmDesc& desc, const void* b, void* p
 
 void gemm(const GemmDesc& desc, const GemmPointers& at, const ParallelFor& parallel_for) {
   if (!desc.is_valid()) {
-    throw std::invalid_argument("a product with an epilogue gradient has no bias and no epilogue");
+    throw std::invalid_argument("a product's epilogue is one of several things");
   }
   if (desc.m == 0 || (desc.n == 0 && !desc.has_a_sum)) return;
   const GemmKernel& kernel =

@@ -35,7 +35,7 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
       if (!desc.has_a_sum) continue;
       S sum;
       kernel.sum_row(divide_up(desc.k, kernel.kr), rows + i * row_stride, &sum);
-      functions.narrow_row(1, &sum, offset(at.a_sum, desc.dtype, i));
+      store_a_sums(functions, desc, at, i, 1, &sum);
     }
     parallel_for(strips, divide_up(strips, threads), [&](std::int64_t begin, std::int64_t end) {
       // The tile, the same exchanged, the bias; all read up to a whole vector.

@@ -66,7 +66,7 @@ class StripProduct {
             if (!desc_.has_a_sum) continue;
             std::fill_n(a_sums, padded(rows), S{0});
             kernel_.sum_strip(depth, count, a.first, a_sums);
-            functions_.narrow_row(count, a_sums, offset(at_.a_sum, desc_.dtype, i));
+            store_a_sums(functions_, desc_, at_, i, count, a_sums);
           }
         });
       });
@@ -136,7 +136,7 @@ class StripProduct {
         }
       }
       store_sums(functions_, desc_, at_, 0, desc_.m, 0, desc_.n, all_sums, n_vectors_);
-      if (desc_.has_a_sum) functions_.narrow_row(desc_.m, all_sums + tile_size, at_.a_sum);
+      if (desc_.has_a_sum) store_a_sums(functions_, desc_, at_, 0, desc_.m, all_sums + tile_size);
     });
   }
 
@@ -164,9 +164,10 @@ class StripProduct {
     return {strip, places(desc_.k), functions_.stage_rows(a_, i, count, desc_.k, strip)};
   }
   /// Of the next `count` rows of D, how many the kernel writes where they are to be: none if a
-  /// rounding or an activation is left, else those whose vectors don't reach beyond the others.
+  /// rounding, an activation or a sum is left, else those whose vectors don't reach beyond the
+  /// others.
   std::int64_t rows_in_place(std::int64_t count) const {
-    if (!holds_accumulators() || desc_.epilogue != Activation::kIdentity) return 0;
+    if (!holds_accumulators() || desc_.epilogue != Activation::kIdentity || desc_.adds) return 0;
     if (desc_.n == n_vectors_) return count;
     if (desc_.d_stride_m != desc_.n) return 0;
     return std::max<std::int64_t>(0, count - (divide_up(n_vectors_, desc_.n) - 1));

@@ -83,7 +83,7 @@ Status gemm(const GemmDesc& desc, const GemmPointers& at, void* workspace, const
   if (is_empty(desc)) return {};
   const GemmKernel& kernel = choose(desc, at, device);
   constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
-  if (!desc.is_valid()) return {kInvalidValue, kernel.name};
+  if (!desc.is_valid() || desc.adds) return {kInvalidValue, kernel.name};
   if (log_is_on()) log_choice(kernel.name, desc);
   const int error = run_row(kernel, desc, at, workspace, device, stream);
   last_kernel() = kernel.name;

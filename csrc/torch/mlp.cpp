@@ -383,14 +383,58 @@ std::vector<Tensor> run_stack_backward(const Backward& call) {
   return grads;
 }
 
+void* data_or_null(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+/// All gradients on the CPU, to where `grads` has room, if its kernels take the stack as a whole.
+bool run_blocks_backward(const Backward& call, const Tensor& hidden, TensorList grads) {
+  const size_t depth = call.depth();
+  const auto rows_of = [](const RowsView& view) {
+    return MlpBackward::Rows{view.data, view.row_stride, view.column_stride};
+  };
+  const RowsView dy = as_rows(call.grad_output);
+  const RowsView y = call.output.defined() ? as_rows(call.output) : RowsView{};
+  const RowsView x = call.wants_weight(0) ? as_rows(call.input) : RowsView{};
+  c10::SmallVector<MlpLayerBackward, 8> layers(depth);
+  std::int64_t elements = 0;
+  for (size_t i = 0; i < depth; ++i) {
+    MlpLayerBackward& layer = layers[i];
+    layer.in_features = i > 0                ? layers[i - 1].out_features
+                        : call.wants_input() ? call.weights[0].size(1)
+                                             : x.columns;
+    layer.out_features = call.out_features(i).expect_int();
+    layer.activation = call.activation(i);
+    layer.wants_before = call.wants_before(i);
+    if (layer.wants_before) {
+      layer.weight = call.weights[i].const_data_ptr();
+      layer.weight_stride_out = call.weights[i].stride(0);
+      layer.weight_stride_in = call.weights[i].stride(1);
+    }
+    layer.grad_weight = data_or_null(grads[1 + i]);
+    layer.grad_bias = data_or_null(grads[1 + depth + i]);
+    elements += layer.in_features * layer.out_features;
+  }
+  const std::int64_t deciding = batch_invariant() ? GemmDesc::kAnyBatch : dy.rows;
+  return cpu::mlp_backward(
+      {.dtype = dtype_of(hidden),
+       .precision = precision_for(dtype_of(hidden),
+                                  static_cast<double>(deciding) * static_cast<double>(elements)),
+       .rows = dy.rows,
+       .grad_output = rows_of(dy),
+       .output = rows_of(y),
+       .input = rows_of(x),
+       .hidden = hidden.const_data_ptr(),
+       .layers = {layers.data(), depth},
+       .grad_input = data_or_null(grads[0]),
+       .batch_invariant = batch_invariant()},
+      at_parallel_for());
+}
+
 /// The same, product by product.
-std::vector<Tensor> run_layers_backward(const Backward& call) {
+void run_layers_backward(const Backward& call, const Tensor& hidden, TensorList grads) {
   const size_t depth = call.depth();
   RowsView dy = as_rows(call.grad_output);
   OptionalRows y = call.output.defined() ? OptionalRows(as_rows(call.output)) : std::nullopt;
-  const std::int64_t rows = dy.rows;
-  const Tensor hidden = call.hidden.contiguous();
-  const std::int64_t size = hidden.element_size();
+  const std::int64_t rows = dy.rows, size = hidden.element_size();
   const auto in_features = [&](size_t layer) {
     return call.hidden_features[layer - 1].expect_int();
   };
@@ -401,7 +445,6 @@ std::vector<Tensor> run_layers_backward(const Backward& call) {
   const std::int64_t bytes = rows * widest * size;
   Scratch buffers(hidden, 2 * rows * widest);
 
-  std::vector<Tensor> grads(call.mask.size());
   const auto* h_end = static_cast<const char*>(hidden.const_data_ptr()) + hidden.numel() * size;
   for (size_t i = depth; i-- > 0;) {
     OptionalRows x;
@@ -411,25 +454,33 @@ std::vector<Tensor> run_layers_backward(const Backward& call) {
     } else if (call.wants_weight(0)) {
       x = as_rows(call.input);
     }
-    Tensor &dw = grads[1 + i], &db = grads[1 + depth + i];
-    if (call.wants_weight(i)) dw = new_empty(hidden, {dy.columns, x->columns});
-    if (call.wants_bias(i)) db = new_empty(hidden, {dy.columns});
+    const Tensor &dw = grads[1 + i], &db = grads[1 + depth + i];
     if (dw.defined() || db.defined()) {
-      wgrad(dy, y, x, dw.defined() ? dw.mutable_data_ptr() : nullptr,
-            db.defined() ? db.mutable_data_ptr() : nullptr, dtype_of(hidden), hidden.device());
+      wgrad(dy, y, x, data_or_null(dw), data_or_null(db), dtype_of(hidden), hidden.device());
     }
-    if (!call.wants_before(i)) break;
-    const Tensor& weight = call.weights[i];
-    if (i == 0) {
-      grads[0] = empty_rows(call.grad_output, weight.size(1));
-      dgrad(dy, y, weight, grads[0].mutable_data_ptr());
-    } else {
-      void* const dz = buffers.data() + (i % 2) * bytes;
-      dgrad(dy, y, weight, dz, x);
-      dy = rows_at(dz, rows, in_features(i));
-      y.reset();
-    }
+    if (!call.wants_before(i)) return;
+    if (i == 0) return dgrad(dy, y, call.weights[0], data_or_null(grads[0]));
+    void* const dz = buffers.data() + (i % 2) * bytes;
+    dgrad(dy, y, call.weights[i], dz, x);
+    dy = rows_at(dz, rows, in_features(i));
+    y.reset();
   }
+}
+
+std::vector<Tensor> run_cpu_backward(const Backward& call) {
+  const Tensor hidden = call.hidden.contiguous();
+  const size_t depth = call.depth();
+  std::vector<Tensor> grads(call.mask.size());
+  for (size_t i = 0; i < depth; ++i) {
+    const std::int64_t out = call.out_features(i).expect_int();
+    if (call.wants_weight(i)) {
+      const std::int64_t in = i > 0 ? call.out_features(i - 1).expect_int() : call.input.size(-1);
+      grads[1 + i] = new_empty(hidden, {out, in});
+    }
+    if (call.wants_bias(i)) grads[1 + depth + i] = new_empty(hidden, {out});
+  }
+  if (call.wants_input()) grads[0] = empty_rows(call.grad_output, call.weights[0].size(1));
+  if (!run_blocks_backward(call, hidden, grads)) run_layers_backward(call, hidden, grads);
   return grads;
 }
 
@@ -437,7 +488,7 @@ std::vector<Tensor> mlp_backward_kernels(const Backward& call) {
   if (!call.kernels_take()) return mlp_backward_by_layers(call);
   call.check();
   std::vector<Tensor> grads =
-      call.grad_output.is_cuda() ? run_stack_backward(call) : run_layers_backward(call);
+      call.grad_output.is_cuda() ? run_stack_backward(call) : run_cpu_backward(call);
   std::vector<Tensor> wanted;
   for (Tensor& grad : grads) {
     if (grad.defined()) wanted.push_back(std::move(grad));

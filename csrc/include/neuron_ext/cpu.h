@@ -71,6 +71,11 @@ void pack_b(const Packing& packing, const GemmDesc& desc, const void* b, void* p
 /// of gemm for each layer.
 void mlp_forward(const Mlp& mlp, const ParallelFor& parallel_for);
 
+/// All gradients of a stack, where a long batch is better taken through it in blocks of rows; else
+/// nothing is done, and the result is false: the layers' products are better called one by one.
+/// Bitwise the same for any ParallelFor. grad_input has the bits that those products give.
+bool mlp_backward(const MlpBackward& mlp, const ParallelFor& parallel_for);
+
 /// y[i] = f(x[i]) for i < n on the calling thread; strides in elements. An element's result depends
 /// on its value alone, not on its place or on n. x and y may be the same memory with the same
 /// stride.

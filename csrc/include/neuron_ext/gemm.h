@@ -49,6 +49,10 @@ struct GemmDesc {
 
   bool has_a_sum = false;  // also a_sum[i] = sum over p of A'[i, p], contiguous
 
+  // D and a_sum hold sums (f32, f64 for f64), to which these are added as they are. With neither a
+  // bias nor an epilogue, and on the CPU alone.
+  bool adds = false;
+
   // D may be some rows of a larger product. Whatever decides in which order a sum is formed (the
   // kernel, the cuts of k) takes this for m, so that the rows get the bits they'd get there. 0: D
   // is all there is. kAnyBatch: the bits of a row are the same in every product.
@@ -61,7 +65,8 @@ struct GemmDesc {
   }
   /// Whether what is asked of the epilogue goes together.
   constexpr bool is_valid() const {
-    return !has_epilogue_gradient() || (!has_bias && epilogue == Activation::kIdentity);
+    return (!has_epilogue_gradient() && !adds) ||
+           (!has_bias && epilogue == Activation::kIdentity && !(has_epilogue_gradient() && adds));
   }
 };
 

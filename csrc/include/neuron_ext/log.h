@@ -31,7 +31,7 @@ inline void log_choice(const char* kernel, const GemmDesc& desc, std::string_vie
        << ", epilogue " << name_of(desc.epilogue)
        << (desc.has_epilogue_gradient() ? ", epilogue gradient" : "")
        << (desc.dtype == DType::kFloat32 ? std::string(", ") + name_of(desc.precision) : "")
-       << (desc.has_a_sum ? ", a_sum" : "") << plan << '\n';
+       << (desc.has_a_sum ? ", a_sum" : "") << (desc.adds ? ", added" : "") << plan << '\n';
   const std::string line = text.str();
 
   static std::mutex mutex;

@@ -42,6 +42,40 @@ struct Mlp {
   bool batch_invariant = false;  // GemmDesc::kAnyBatch for every layer
 };
 
+/// What the gradients of a stack take of a layer, and where its own go.
+struct MlpLayerBackward {
+  std::int64_t in_features = 0, out_features = 0;
+  Activation activation = Activation::kIdentity;  // whose gradient needs its output
+
+  bool wants_before = false;  // a gradient before its own: what takes the weight
+  const void* weight = nullptr;
+  std::int64_t weight_stride_out = 0, weight_stride_in = 1;
+
+  // (out_features, in_features) and (out_features), contiguous; null: not wanted.
+  void* grad_weight = nullptr;
+  void* grad_bias = nullptr;
+};
+
+struct MlpBackward {
+  /// A matrix of as many rows as the batch.
+  struct Rows {
+    const void* data = nullptr;
+    std::int64_t stride_row = 0, stride_column = 1;
+  };
+
+  DType dtype = DType::kFloat32;  // of everything
+  Precision precision = Precision::kHighest;
+  std::int64_t rows = 0;
+  Rows grad_output;
+  Rows output;  // if the last layer has an activation
+  Rows input;   // if the first weight's gradient is wanted
+  // The hidden layers' outputs, end to end, each (rows, out_features) and contiguous.
+  const void* hidden = nullptr;
+  std::span<const MlpLayerBackward> layers;
+  void* grad_input = nullptr;  // (rows, in_features), contiguous; null: not wanted
+  bool batch_invariant = false;
+};
+
 /// What is asked of one layer of a stack, as a product of all rows.
 inline GemmDesc product_of(const Mlp& mlp, const MlpLayer& layer) {
   GemmDesc desc;
