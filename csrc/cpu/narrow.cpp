@@ -24,8 +24,11 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
   // An odd number of vectors, so that rows don't compete for the same places in the L1 cache.
   const std::int64_t vectors = divide_up(divide_up(desc.k, kernel.kr), kernel.lanes);
   const std::int64_t row_stride = (vectors | 1) * kernel.lanes;
-  const std::int64_t strips = divide_up(many_count, kernel.nr);
   const std::int64_t threads = threads_for(desc.m, desc.n, desc.k, parallel_for.max_threads());
+  // Narrower strips where there would be fewer than threads.
+  const std::int64_t width =
+      std::clamp(round_up(divide_up(many_count, threads), kernel.lanes), kernel.lanes, kernel.nr);
+  const std::int64_t strips = divide_up(many_count, width);
 
   with_buffer<S>(shared_buffer, few_count * row_stride, [&](S* rows) {
     int lowest_in_rows = std::numeric_limits<int>::max() / 2;
@@ -48,8 +51,8 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
           functions.widen_bias(at.bias, desc.bias_stride, few_count, bias);
         }
         for (std::int64_t strip = begin; strip < end; ++strip) {
-          const std::int64_t first = strip * kernel.nr;
-          const std::int64_t count = std::min(kernel.nr, many_count - first);
+          const std::int64_t first = strip * width;
+          const std::int64_t count = std::min(width, many_count - first);
           functions.multiply_narrow(few_count, desc.k, rows, row_stride, lowest_in_rows, many,
                                     first, count, tile, kernel.nr);
           if (exchanged) {

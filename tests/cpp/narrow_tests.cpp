@@ -204,6 +204,8 @@ void test_forms() {
   CHECK(form('d', 100'000, 64, 1) == Form::kLongRows, "gradient of x 64 -> 1");
   CHECK(form('w', 100'000, 64, 1) == Form::kLongSums, "weight's gradient of x 64 -> 1");
   CHECK(form('f', 16, 4096, 4096) == Form::kFewRows, "16 rows");
+  CHECK(form('f', 64, 100'000, 10) == Form::kFewColumns, "10 columns of a long k");
+  CHECK(form('w', 1, 1024, 1024) == Form::kLongRows, "weight's gradient of one row");
   CHECK(form('f', 512, 512, 512) == Form::kBlocked, "square");
 }
 
