@@ -417,10 +417,9 @@ Cut cut_of(const GemmDesc& desc, const Form& form) {
   const std::int64_t whole = blocks_for(form.lines);
   // The second kernel costs about what half the multiprocessors take longer for a matrix of a few
   // megabytes.
-  cut.chunks =
-      whole * 2 >= kWholeGpu
-          ? 1
-          : std::clamp<std::int64_t>(desc.k / shortest, 1, divide_up(2 * kWholeGpu, whole));
+  cut.chunks = whole * 2 >= kWholeGpu ? 1
+                                      : std::clamp<std::int64_t>(desc.k / shortest, 1,
+                                                                 divide_up(2 * kWholeGpu, whole));
   constexpr std::int64_t kGranule = 64;  // whole vectors, and lines that are aligned
   cut.chunk_k = std::max(kGranule, divide_up(divide_up(desc.k, cut.chunks), kGranule) * kGranule);
   cut.chunks = std::max<std::int64_t>(1, divide_up(desc.k, cut.chunk_k));
