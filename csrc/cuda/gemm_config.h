@@ -8,6 +8,8 @@
 
 namespace neuron_ext::cuda {
 
+inline std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
+
 struct GemmKernel {
   const char* name;
   std::span<const DType> dtypes;

@@ -30,8 +30,6 @@ constexpr int kFragmentK = 4 * kVectorK;  // of the vectors that a warp reads si
 // one block. The memory's bandwidth and latency ask for 20 to 40.
 constexpr int kLoads = 8;
 
-std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
-
 /// How the work is cut: by the shape alone, so that results don't depend on the GPU.
 struct Cut {
   int warps_n, warps_k;  // of a block

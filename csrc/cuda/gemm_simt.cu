@@ -50,8 +50,6 @@ struct Cut {
   std::int64_t chunk_k, chunks;
 };
 
-std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
-
 Cut cut_of(const GemmDesc& desc) {
   constexpr std::int64_t kWholeGpu = 128;  // blocks that occupy it
   constexpr std::int64_t kShortestChunk = 512;

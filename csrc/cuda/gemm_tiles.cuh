@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "gemm_config.h"
 #include "neuron_ext/cuda.h"
 #include "neuron_ext/gemm.h"
 #include "ptx/target.cuh"
@@ -13,8 +14,6 @@ namespace neuron_ext::cuda {
 namespace {
 
 constexpr int kM = 128;  // rows of a tile
-
-inline std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 
 // Rows or columns of a matrix: with what the last tile adds, an int.
 constexpr std::int64_t kLargest = (std::int64_t{1} << 31) - 256;

@@ -44,8 +44,6 @@ constexpr int kMostAcross = 8, kLeastAcross = 4;
 
 constexpr int kStageBytes = 16 << 10;  // of vectors in shared memory
 
-std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
-
 struct Operand {
   const void* base;
   const void* saved;  // null: no prologue

@@ -4,6 +4,7 @@
 
 #include "activation.cuh"
 #include "chunks.h"
+#include "gemm_config.h"
 #include "prologue.h"
 #include "ptx/launch.cuh"
 #include "ptx/sync.cuh"
@@ -38,8 +39,6 @@ struct Step {
   void* slab_sums;  // (slab, inner)
   void* sums;       // of the only slab; both null: none are asked for
 };
-
-std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 
 template <class T>
 NEURON_EXT_DEVICE Vector<T> load(const Source& source, std::int64_t x, std::int64_t y,
