@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -119,7 +120,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch_config": torch.__config__.show(),
+        "torch_config": re.sub(r"CXX_COMPILER=\S*/", "CXX_COMPILER=", torch.__config__.show()),
         "neuron_ext": __version__,
         "neuron_ext_commit": _first_line("git", "describe", "--always", "--dirty"),
         "neuron_ext_build": dict(_C.build_info()),
