@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks.ceilings import Ceilings
-from benchmarks.measure import Line
+from benchmarks.measure import NOISY, Line
 
 _COMPILED = ("compile", "max-autotune")
-_NOISY = 0.1  # interquartile range over median
 _NOT_A_LIMIT = 0.5e-6  # seconds: work as short as this is nothing beside the call itself
 _WORST = 12
 
@@ -49,7 +48,7 @@ def row(line: Line) -> str:
     rate = f"{_rate(line):>14}{line.least_seconds / ours:>6.0%}"
     return (
         f"{start}{_time(ours):>10}{_time(line.times['torch'].median):>10}"
-        f"{_ratio(line.ratio()):>12}{line.spread:>6.0%}{'?' if line.spread > _NOISY else ' '}"
+        f"{_ratio(line.ratio()):>12}{line.spread:>6.0%}{'?' if line.spread > NOISY else ' '}"
         + "".join(f"{_ratio(line.ratio(side)):>9}" for side in _COMPILED)
         + (rate if line.least_seconds > _NOT_A_LIMIT else "")
     )
@@ -111,8 +110,8 @@ def summary(lines: Sequence[Line]) -> str:
     slower = sum((line.ratio() or 0) < 1 for line in timed)
     parts.append(f"\nslower than torch: {slower} of {len(timed)}. The worst:\n{HEADING}")
     parts += map(row, sorted(timed, key=lambda line: line.ratio() or 0)[:_WORST])
-    noisy = sum(line.spread > _NOISY for line in timed)
-    parts.append(f"noisy (spread above {_NOISY:.0%}, marked ?): {noisy} of {len(timed)}")
+    noisy = sum(line.spread > NOISY for line in timed)
+    parts.append(f"noisy (spread above {NOISY:.0%}, marked ?): {noisy} of {len(timed)}")
 
     missing: dict[str, list[str]] = {}
     for line in lines:
