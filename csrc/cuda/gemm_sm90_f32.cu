@@ -1,17 +1,13 @@
 // The matrix product of f32 on sm_90a's tensor cores, as products of bf16.
 //
-// x = x0 + x1 + x2, each the nearest bf16 to what the ones before leave: 24 bits, all that x has.
-// Of the nine products those six whose terms are of order 2^-16 or more give full precision; two
-// parts and three products, or one, are what torch calls high and medium. A kernel of its own
-// splits A and B into planes, so that the product's blocks find what the copy engine can take: any
-// strides will do, and k is padded with zeros.
+// split.cuh tells how. A kernel of its own splits A and B into planes, so that the product's blocks
+// find what the copy engine can take: any strides will do, and k is padded with zeros.
 //
 // Tensor cores don't round sums as f32 arithmetic does. So no sum grows long: after each 64 k,
 // small products first, it is added to a total in other registers.
 //
-// Not every x splits: parts of what is infinite, nan or close to the ends of the exponents aren't
-// what they should be. Where there are such, their block of A or B is flagged, and gemm_simt
-// computes what it touches again.
+// Where an x doesn't split, its block of A or B is flagged, and gemm_simt computes what it touches
+// again.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -23,6 +19,7 @@
 #include "ptx/global.cuh"
 #include "ptx/launch.cuh"
 #include "ptx/sync.cuh"
+#include "split.cuh"
 
 namespace neuron_ext::cuda {
 namespace {
@@ -34,12 +31,6 @@ constexpr int kBlock = kFlagBlock;  // rows (or columns) and k that a block spli
 std::int64_t padded_k(const GemmDesc& desc) { return divide_up(desc.k, kBlock) * kBlock; }
 
 // ---- planes ------------------------------------------------------------------------------------
-
-/// Whether x is 0, or its parts and their products with other such numbers' are normal and finite.
-NEURON_EXT_DEVICE bool splits(float x) {
-  const float magnitude = x < 0 ? -x : x;
-  return x == 0 || (magnitude >= 0x1p-100f && magnitude < 0x1p63f);
-}
 
 /// An operand, rows of it or columns, and its planes: (plane, count, padded k).
 struct Split {
@@ -82,12 +73,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_kernel(const __grid_const
     for (int plane = 0; plane < kPlanes; ++plane) {
       ptx::Bytes16 parts;
 #pragma unroll
-      for (int p = 0; p < 8; p += 2) {
-        const std::uint32_t pair = ptx::narrow_pair<BFloat16>(left[p], left[p + 1]);
-        left[p] -= ptx::float_of(pair << 16);
-        left[p + 1] -= ptx::float_of(pair & 0xffff0000u);
-        parts.words[p / 2] = pair;
-      }
+      for (int p = 0; p < 8; p += 2) parts.words[p / 2] = take_parts(left[p], left[p + 1]);
       ptx::store_16_bytes(split.planes + (plane * split.count + i0 + i) * pitch + k0 + k, parts);
     }
   }
@@ -207,17 +193,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // ---- launch ------------------------------------------------------------------------------------
-
-int planes_for(Precision precision) {
-  switch (precision) {
-    case Precision::kMedium:
-      return 1;
-    case Precision::kHigh:
-      return 2;
-    default:
-      return 3;
-  }
-}
 
 /// Where in the workspace, in bytes, what begins; each at a multiple of 256.
 struct Layout {

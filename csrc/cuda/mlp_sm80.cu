@@ -62,10 +62,6 @@ struct Launch {
   bool is_resident;  // all weights are in shared memory
 };
 
-NEURON_EXT_DEVICE bool is_aligned(const void* address) {
-  return reinterpret_cast<std::uintptr_t>(address) % sizeof(ptx::Bytes16) == 0;
-}
-
 struct Matrix {
   const void* base;
   std::int64_t rows, columns, stride_row, stride_column;

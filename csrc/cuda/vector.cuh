@@ -16,6 +16,11 @@ union Vector {
   T elements[kVector<T>];
 };
 
+/// Whether an access of 16 bytes may be made there.
+NEURON_EXT_DEVICE bool is_aligned(const void* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % sizeof(ptx::Bytes16) == 0;
+}
+
 /// first[0], first[stride], ..., with zeros from the `left`th on. is_aligned: the stride is 1, and
 /// `first` a multiple of 16 bytes.
 template <class T>
