@@ -7,7 +7,8 @@
 namespace neuron_ext::cpu {
 namespace {
 
-// Terms that a lane adds up before its sum is added to the tile, as in the micro-kernel.
+// Terms that a lane adds up, or sums of an outer block's terms, before their sum is added to
+// others.
 constexpr std::int64_t kNarrowBlock = 256;
 
 // Vectors of k that a dot product takes before it turns to other rows: those of four columns then
@@ -136,22 +137,31 @@ Reg<V> terms_along_n(const T* b, std::int64_t stride_k, std::int64_t stride_n, s
   }
 }
 
-// Rows of b that an outer block is fetched ahead: each lies in another page. Measured on Zen 4, 1 x
-// 4096 to 4096 from memory, f32: 8.4 → 5.7 ms. Pairs of bf16 were no faster for it.
-constexpr std::int64_t kRowsAhead = 16;
+// Rows of b that are read side by side, each in order; more, if they are shorter than to make up so
+// many elements together. Measured on Zen 4, 1 x 1024 to 1024 from L3 and 1 x 4096 to 4096 from
+// memory, f32: 8 rows 58 and 2600 µs, 16 61 and 3000, the whole of a narrow strip's after each
+// other 102 and 6900.
+constexpr std::int64_t kRowsTogether = 8, kElementsTogether = 8192;
 
-/// The same for kVectors vectors of columns, where b's rows are contiguous or nothing is. `lanes`:
-/// how many columns each vector holds.
+/// Adds rows[i][p] b[p, j] for all p < k to tile[i][j], for kVectors vectors of columns of a b
+/// whose rows are contiguous, or nothing is. `lanes`: how many columns each vector holds.
 template <class V, class T, int kRows, int kVectors>
 void outer_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, const T* b,
                  std::int64_t b_stride_k, std::int64_t b_stride_n, std::int64_t lanes,
                  Scalar<V>* tile, std::int64_t tile_stride, bool add, Met<V>& met) {
   Reg<V> sum[kRows][kVectors] = {};
+  for (int i = 0; i < kRows && add; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      sum[i][v] = load<V>(tile + i * tile_stride + v * V::kLanes);
+    }
+  }
   for (std::int64_t p = 0; p * kTerms<V> < k; ++p) {
     Reg<V> b_p[kVectors];
     for (int v = 0; v < kVectors; ++v) {
+      // The rows that are next: each lies in another page. In L3 it costs a sixth, from memory it
+      // saves as much. Pairs of bf16 were no faster for it.
       if constexpr (kTerms<V> == 1) {
-        __builtin_prefetch(b + (p + kRowsAhead) * b_stride_k + v * V::kLanes * b_stride_n);
+        __builtin_prefetch(b + (p + kRowsTogether) * b_stride_k + v * V::kLanes * b_stride_n, 0, 2);
       }
       b_p[v] = terms_along_n<V>(b, b_stride_k, b_stride_n, k, p, v * V::kLanes, lanes);
       met.note(b_p[v]);
@@ -163,8 +173,7 @@ void outer_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride,
   }
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) {
-      Scalar<V>* const place = tile + i * tile_stride + v * V::kLanes;
-      store<V>(place, add ? load<V>(place) + sum[i][v] : sum[i][v]);
+      store<V>(tile + i * tile_stride + v * V::kLanes, sum[i][v]);
     }
   }
 }
@@ -193,14 +202,54 @@ void in_groups(std::int64_t begin, std::int64_t end, const F& f) {
   if constexpr (kGroup > 1) in_groups<kGroup / 2>(begin, end, f);
 }
 
+// How many rows of `rows`, and vectors or columns of b, meet in registers.
+template <class V>
+constexpr int kRowGroup = V::kRegisters >= 32 ? 4 : 2;
+constexpr int kColumnGroup = 4;
+
+/// multiply_narrow where b's columns aren't contiguous, or too short for dot products.
+template <class V, class T>
+void multiply_outer(std::int64_t m, std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride,
+                    const T* b, std::int64_t b_stride_k, std::int64_t b_stride_n,
+                    std::int64_t columns, Scalar<V>* tile, std::int64_t tile_stride, Met<V>& met) {
+  constexpr std::int64_t kLongest = kNarrowBlock * kTerms<V>;
+  const std::int64_t rows_together = kElementsTogether / (columns + 1);
+  const std::int64_t together =
+      kTerms<V> * (rows_together < kRowsTogether ? kRowsTogether : rows_together);
+  const std::int64_t whole = columns / V::kLanes, rest = columns % V::kLanes;
+  for (std::int64_t begin = 0; begin == 0 || begin < k; begin += kLongest) {
+    const std::int64_t end = k - begin < kLongest ? k : begin + kLongest;
+    Scalar<V>* const sums = begin == 0 ? tile : tile + m * tile_stride;
+    for (std::int64_t p = begin; p == begin || p < end; p += together) {
+      in_groups<kRowGroup<V>>(0, m, [&](std::int64_t i, auto group_rows) {
+        const auto block = [&](std::int64_t j, std::int64_t lanes, auto vectors) {
+          outer_block<V, T, group_rows.value, vectors.value>(
+              end - p < together ? end - p : together, rows + i * row_stride + p / kTerms<V>,
+              row_stride, b + j * b_stride_n + p * b_stride_k, b_stride_k, b_stride_n, lanes,
+              sums + i * tile_stride + j, tile_stride, p != begin, met);
+        };
+        in_groups<kColumnGroup>(0, whole, [&](std::int64_t v, auto vectors) {
+          block(v * V::kLanes, V::kLanes, vectors);
+        });
+        if (rest > 0) block(whole * V::kLanes, rest, std::integral_constant<int, 1>{});
+      });
+    }
+    if (begin == 0) continue;
+    for (std::int64_t i = 0; i < m; ++i) {
+      for (std::int64_t j = 0; j < columns; j += V::kLanes) {
+        Scalar<V>* const place = tile + i * tile_stride + j;
+        store<V>(place, load<V>(place) + load<V>(sums + i * tile_stride + j));
+      }
+    }
+  }
+}
+
 /// tile[i][j] = sum over p < k of rows[i][p] B[p, column + j], for i < m and j < columns. A tile's
-/// row holds whole vectors.
+/// row holds whole vectors, and m rows after the tile are room for sums.
 template <class V, class T>
 void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
                      int lowest_in_rows, const Operand& b, std::int64_t column,
                      std::int64_t columns, void* tile, std::int64_t tile_stride) {
-  constexpr std::int64_t kLongest = kNarrowBlock * kTerms<V>;
-  constexpr int kRowGroup = V::kRegisters >= 32 ? 4 : 2, kColumnGroup = 4;
   const auto* a = static_cast<const Scalar<V>*>(rows);
   const auto* b_base = static_cast<const T*>(b.base) + column * b.stride_mn;
   auto* sums = static_cast<Scalar<V>*>(tile);
@@ -210,7 +259,7 @@ void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int6
   constexpr std::int64_t kFewTerms = 4;
   if (b.stride_k == 1 && k > kFewTerms) {
     constexpr std::int64_t kBlock = kDotVectors * kTerms<V> * V::kLanes;
-    const std::int64_t passes = (m + kRowGroup - 1) / kRowGroup;
+    const std::int64_t passes = (m + kRowGroup<V> - 1) / kRowGroup<V>;
     constexpr int kAll = kTerms<V> * V::kLanes;
     std::int64_t done = 0;
     if (k <= kAll) {
@@ -222,9 +271,9 @@ void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int6
     }
     in_groups<kColumnGroup>(done, columns, [&](std::int64_t j, auto group_columns) {
       for (std::int64_t p = 0; p == 0 || p < k; p += kBlock) {
-        in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto group_rows) {
+        in_groups<kRowGroup<V>>(0, m, [&](std::int64_t i, auto group_rows) {
           // Each pass over these columns fetches its share of the next ones from memory.
-          const std::int64_t pass = i / kRowGroup;
+          const std::int64_t pass = i / kRowGroup<V>;
           const Ahead ahead{kColumnGroup + (pass * kColumnGroup + passes - 1) / passes,
                             kColumnGroup + ((pass + 1) * kColumnGroup + passes - 1) / passes};
           const auto block = [&](auto& notes) {
@@ -242,22 +291,8 @@ void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int6
       }
     });
   } else {
-    const auto strip = [&](std::int64_t j, std::int64_t lanes, auto vectors) {
-      in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto group_rows) {
-        for (std::int64_t p = 0; p == 0 || p < k; p += kLongest) {
-          outer_block<V, T, group_rows.value, vectors.value>(
-              k - p < kLongest ? k - p : kLongest, a + i * row_stride + p / kTerms<V>, row_stride,
-              b_base + j * b.stride_mn + p * b.stride_k, b.stride_k, b.stride_mn, lanes,
-              sums + i * tile_stride + j, tile_stride, p != 0, met);
-        }
-      });
-    };
-    const std::int64_t whole = columns / V::kLanes;
-    in_groups<kColumnGroup>(
-        0, whole, [&](std::int64_t v, auto vectors) { strip(v * V::kLanes, V::kLanes, vectors); });
-    if (whole * V::kLanes < columns) {
-      strip(whole * V::kLanes, columns - whole * V::kLanes, std::integral_constant<int, 1>{});
-    }
+    multiply_outer<V, T>(m, k, a, row_stride, b_base, b.stride_k, b.stride_mn, columns, sums,
+                         tile_stride, met);
   }
   if constexpr (kTerms<V> == 2) {
     if (lowest_in_rows + V::lowest_exponent(met.lowest) < V::kLowestExponents) {

@@ -108,8 +108,6 @@ void multiply_strip(std::int64_t m, std::int64_t n, std::int64_t k, const void* 
                     std::int64_t a_stride_m, std::int64_t a_stride_k, const void* b,
                     std::int64_t b_stride, const void* start, std::int64_t start_stride, void* tile,
                     std::int64_t tile_stride) {
-  // Of rows of a single vector more, or an instruction's latency leaves half of its places empty.
-  constexpr int kRowGroup = V::kRegisters >= 32 ? 4 : 2, kVectorGroup = 4;
   const auto *a_base = static_cast<const Scalar<V>*>(a), *b_base = static_cast<const Scalar<V>*>(b);
   const auto* from = static_cast<const Scalar<V>*>(start);
   auto* to = static_cast<Scalar<V>*>(tile);
@@ -121,13 +119,14 @@ void multiply_strip(std::int64_t m, std::int64_t n, std::int64_t k, const void* 
   };
   const std::int64_t all = (n + V::kLanes - 1) / V::kLanes;
   if (all == 1) {
+    // More rows, or an instruction's latency leaves half of its places empty.
     constexpr std::integral_constant<int, 1> kOneVector;
-    in_groups<2 * kRowGroup>(0, m,
-                             [&](std::int64_t i, auto rows) { block(i, rows, 0, kOneVector); });
+    in_groups<2 * kRowGroup<V>>(0, m,
+                                [&](std::int64_t i, auto rows) { block(i, rows, 0, kOneVector); });
     return;
   }
-  in_groups<kRowGroup>(0, m, [&](std::int64_t i, auto rows) {
-    in_groups<kVectorGroup>(0, all, [&](std::int64_t v, auto vectors) {
+  in_groups<kRowGroup<V>>(0, m, [&](std::int64_t i, auto rows) {
+    in_groups<kColumnGroup>(0, all, [&](std::int64_t v, auto vectors) {
       block(i, rows, all - v - vectors.value, vectors);
     });
   });

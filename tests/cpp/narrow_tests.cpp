@@ -100,6 +100,33 @@ void test_few_rows_are_exact() {
   }
 }
 
+/// Rows of B that are read side by side, in several strips of columns and blocks of k. Cutting the
+/// columns for other numbers of threads changes how many rows that are, but no bit.
+void test_wide_rows() {
+  Product::Options options;
+  options.b = Layout::kRows;
+  for (DType dtype : kDTypes) {
+    for (std::int64_t m : {1, 3, 8}) {
+      for (std::int64_t n : {250, 1024 + 5}) {
+        for (std::int64_t k : {7, 33, 600}) {
+          if (m > 4 && k < 32) continue;
+          const Product exact(dtype, m, n, k, options, integer, integer, exact_saved);
+          CHECK(form_of(exact.desc) == Form::kFewRows, exact.name());
+          check_exact(exact);
+          const Product product(dtype, m, n, k, options, random_values(5, m, k, false),
+                                random_values(6, k, n, false), exact_saved);
+          for (Isa isa : supported_isas()) {
+            set_active_isa(isa);
+            const Product::Result alone = product.compute(serial()),
+                                  shared = product.compute(on_threads<3>());
+            CHECK(alone.d == shared.d, product.name());
+          }
+        }
+      }
+    }
+  }
+}
+
 /// Sums of many numbers of one sign, where a long running sum would lose most.
 void test_long_sums_are_accurate() {
   const Values uniform = [](std::int64_t i, std::int64_t j) { return (integer(i, j) + 3.5) / 7; };
@@ -215,6 +242,7 @@ int main() {
   test_few_features_are_exact();
   test_few_terms_are_exact();
   test_few_rows_are_exact();
+  test_wide_rows();
   test_long_sums_are_accurate();
   test_nothing_leaks();
   test_rows_depend_on_themselves();
