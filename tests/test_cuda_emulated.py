@@ -61,10 +61,13 @@ class Kernels:
     def mlp(self, x, weights, biases, output_activation=None, keeps_hidden=True, saved=None):
         """The outputs of a stack's layers; those of hidden ones are nan if they aren't kept.
 
-        With ``saved`` outputs of layers, theirs are multiplied by the sigmoid's gradient instead.
+        With ``saved`` outputs of layers, theirs are multiplied by the sigmoid's gradient instead,
+        and the sums of those outputs' columns are returned as well.
         """
         widths = [x.shape[1], *(len(weight) for weight in weights)]
         outputs = [torch.full((len(x), n), float("nan"), dtype=x.dtype) for n in widths[1:]]
+        sums = [torch.full((n,), float("nan"), dtype=x.dtype) for n in widths[1:]]
+        has_saved = [y is not None for y in saved or [None] * len(weights)]
         strides = [*x.stride()]
         for weight, bias in zip(weights, biases, strict=True):
             strides += [*weight.stride(), bias.stride(0) if bias is not None else 0]
@@ -77,8 +80,9 @@ class Kernels:
             [bias.data_ptr() if bias is not None else 0 for bias in biases],
             [y.data_ptr() if y is not None else 0 for y in saved or [None] * len(weights)],
             [y.data_ptr() if keep else 0 for y, keep in zip(outputs, kept, strict=True)],
+            [y.data_ptr() if has else 0 for y, has in zip(sums, has_saved, strict=True)],
         )
-        return outputs
+        return outputs if saved is None else (outputs, sums)
 
     def sigmoid(self, x, saved=None):
         """The sigmoid of x, or x times the sigmoid's gradient where it is `saved`."""
@@ -230,8 +234,10 @@ def test_gradients_of_a_stack(kernels):
     *hidden, _ = kernels.mlp(x, weights, [None] * len(weights))
     transposed = [weight.t() for weight in reversed(weights)]
     saved = [*reversed(hidden), None]
-    *dz, ours = kernels.mlp(dy, transposed, [None] * len(weights), saved=saved)
+    (*dz, ours), sums = kernels.mlp(dy, transposed, [None] * len(weights), saved=saved)
     torch.testing.assert_close(ours, dx, rtol=1e-12, atol=1e-14)
+    for of_layer, db in zip(dz, sums, strict=False):
+        torch.testing.assert_close(db, of_layer.sum(0), rtol=1e-12, atol=1e-14)
     inputs = [x, *hidden]
     for of_layer, h, dweight in zip([*reversed(dz), dy], inputs, dweights, strict=True):
         torch.testing.assert_close(of_layer.t() @ h, dweight, rtol=1e-12, atol=1e-14)

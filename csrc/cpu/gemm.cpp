@@ -379,7 +379,7 @@ void pack_b(const Packing& packing, const GemmDesc& desc, const void* b, void* p
 }
 
 void gemm(const GemmDesc& desc, const GemmPointers& at, const ParallelFor& parallel_for) {
-  if (!desc.is_valid()) {
+  if (!desc.is_valid() || desc.has_d_sum) {
     throw std::invalid_argument("a product's epilogue is one of several things");
   }
   if (desc.m == 0 || (desc.n == 0 && !desc.has_a_sum)) return;

@@ -8,10 +8,10 @@
 
 namespace neuron_ext::cuda {
 
-/// D[i, j] from its sum over all k.
+/// D[i, j] from its sum over all k; returns what it became.
 template <class T>
-NEURON_EXT_DEVICE void finish(const GemmDesc& desc, const GemmPointers& at, std::int64_t i,
-                              std::int64_t j, Accumulator<T> sum) {
+NEURON_EXT_DEVICE T finish(const GemmDesc& desc, const GemmPointers& at, std::int64_t i,
+                           std::int64_t j, Accumulator<T> sum) {
   if (desc.has_bias) sum += ptx::widen(static_cast<const T*>(at.bias)[j * desc.bias_stride]);
   if (desc.has_epilogue_gradient()) {
     const T* const saved = static_cast<const T*>(at.d_saved);
@@ -19,7 +19,7 @@ NEURON_EXT_DEVICE void finish(const GemmDesc& desc, const GemmPointers& at, std:
   } else {
     sum = apply<T>(desc.epilogue, sum);
   }
-  static_cast<T*>(at.d)[i * desc.d_stride_m + j] = ptx::narrow<T>(sum);
+  return static_cast<T*>(at.d)[i * desc.d_stride_m + j] = ptx::narrow<T>(sum);
 }
 
 /// Where a chunk's sum for D[i, j] goes.
@@ -29,15 +29,13 @@ NEURON_EXT_DEVICE Accumulator<T>& chunk_sum(const GemmDesc& desc, const ChunkSum
   return static_cast<Accumulator<T>*>(sums.base)[(chunk * desc.m + i) * desc.n + j];
 }
 
+/// Returns what is stored.
 template <class T>
-NEURON_EXT_DEVICE void store_sum(const GemmDesc& desc, const GemmPointers& at,
-                                 const ChunkSums& sums, std::int64_t chunk, std::int64_t i,
-                                 std::int64_t j, Accumulator<T> sum) {
-  if (sums.base == nullptr) {
-    finish<T>(desc, at, i, j, sum);
-  } else {
-    chunk_sum<T>(desc, sums, chunk, i, j) = sum;
-  }
+NEURON_EXT_DEVICE Accumulator<T> store_sum(const GemmDesc& desc, const GemmPointers& at,
+                                           const ChunkSums& sums, std::int64_t chunk,
+                                           std::int64_t i, std::int64_t j, Accumulator<T> sum) {
+  if (sums.base == nullptr) return ptx::widen(finish<T>(desc, at, i, j, sum));
+  return chunk_sum<T>(desc, sums, chunk, i, j) = sum;
 }
 
 template <class T>

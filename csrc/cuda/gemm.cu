@@ -42,7 +42,40 @@ int multiply_by_gradient(const GemmDesc& desc, const GemmPointers& at, const Dev
   return activate_backward(pass, at.d, at.d_saved, at.d, device, stream).error;
 }
 
-bool is_empty(const GemmDesc& desc) { return desc.m == 0 || (desc.n == 0 && !desc.has_a_sum); }
+/// The row's product, D complete.
+int run_product(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
+                void* workspace, const Device& device, Stream stream) {
+  if (!desc.has_epilogue_gradient() || kernel.takes_epilogue_gradient) {
+    return kernel.run(desc, at, workspace, device, stream);
+  }
+  GemmDesc product = desc;
+  product.epilogue_gradient = Activation::kIdentity;
+  const int error = kernel.run(product, at, workspace, device, stream);
+  return error != 0 ? error : multiply_by_gradient(desc, at, device, stream);
+}
+
+/// Blocks of D's rows whose sums the row forms; 0 where it forms none, or has D not complete.
+std::int64_t sum_blocks(const GemmKernel& kernel, const GemmDesc& desc) {
+  if (!kernel.takes_epilogue_gradient || kernel.d_sum_rows == nullptr) return 0;
+  const std::int64_t rows = kernel.d_sum_rows(desc);
+  return rows == 0 ? 0 : divide_up(desc.m, rows);
+}
+
+/// The sums of D's columns as those of an A's rows.
+GemmDesc sums_of_d(const GemmDesc& desc) {
+  GemmDesc sums;
+  sums.m = desc.n;
+  sums.k = desc.m;
+  sums.dtype = desc.dtype;
+  sums.a_stride_m = 1;
+  sums.a_stride_k = desc.d_stride_m;
+  sums.has_a_sum = true;
+  return sums;
+}
+
+bool is_empty(const GemmDesc& desc) {
+  return (desc.m == 0 && !desc.has_d_sum) || (desc.n == 0 && !desc.has_a_sum);
+}
 
 }  // namespace
 
@@ -63,19 +96,39 @@ std::vector<KernelInfo> kernels() {
   return infos;
 }
 
+std::size_t row_workspace(const GemmKernel& kernel, const GemmDesc& desc, const Device& device) {
+  const std::size_t product = kernel.workspace(desc, device);
+  if (!desc.has_d_sum || desc.n == 0) return product;
+  const std::int64_t blocks = sum_blocks(kernel, desc);
+  return aligned(product) + (blocks == 0 && desc.m > 0
+                                 ? prologue_workspace(sums_of_d(desc))
+                                 : column_sums_workspace(desc.dtype, blocks, desc.n));
+}
+
 int run_row(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at, void* workspace,
             const Device& device, Stream stream) {
-  if (!desc.has_epilogue_gradient() || kernel.takes_epilogue_gradient) {
-    return kernel.run(desc, at, workspace, device, stream);
+  if (!desc.has_d_sum || desc.n == 0) {
+    return run_product(kernel, desc, at, workspace, device, stream);
   }
+  const std::int64_t blocks = sum_blocks(kernel, desc);
+  void* const sums = static_cast<std::byte*>(workspace) + aligned(kernel.workspace(desc, device));
   GemmDesc product = desc;
-  product.epilogue_gradient = Activation::kIdentity;
-  const int error = kernel.run(product, at, workspace, device, stream);
-  return error != 0 ? error : multiply_by_gradient(desc, at, device, stream);
+  GemmPointers product_at = at;
+  product.has_d_sum = blocks > 0;
+  product_at.d_sum = sums;
+  const int error =
+      desc.m == 0 ? 0 : run_product(kernel, product, product_at, workspace, device, stream);
+  if (error != 0) return error;
+  if (blocks == 0 && desc.m > 0) {
+    GemmDesc of_d = sums_of_d(desc);
+    GemmPointers at_d{.a = at.d, .a_sum = at.d_sum};
+    return run_prologue(of_d, at_d, sums, stream);
+  }
+  return add_column_sums(desc.dtype, blocks, desc.n, sums, at.d_sum, stream);
 }
 
 std::size_t gemm_workspace(const GemmDesc& desc, const GemmPointers& at, const Device& device) {
-  return is_empty(desc) ? 0 : choose(desc, at, device).workspace(desc, device);
+  return is_empty(desc) ? 0 : row_workspace(choose(desc, at, device), desc, device);
 }
 
 Status gemm(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device& device,
@@ -88,6 +141,10 @@ Status gemm(const GemmDesc& desc, const GemmPointers& at, void* workspace, const
   const int error = run_row(kernel, desc, at, workspace, device, stream);
   last_kernel() = kernel.name;
   return {error, kernel.name};
+}
+
+bool sums_a_apart(const GemmDesc& desc, const GemmPointers& at, const Device& device) {
+  return desc.has_a_sum && !is_empty(desc) && choose(desc, at, device).forms_a;
 }
 
 bool forms_a(const GemmDesc& desc, const GemmPointers& at, const Device& device) {

@@ -50,10 +50,15 @@ struct Cut {
   std::int64_t chunk_k, chunks;
 };
 
+/// Rows and columns of a tile of one group.
+int side_of(DType dtype) {
+  return dtype == DType::kFloat64 ? Tile<double, 1>::kSize : Tile<float, 1>::kSize;
+}
+
 Cut cut_of(const GemmDesc& desc) {
   constexpr std::int64_t kWholeGpu = 128;  // blocks that occupy it
   constexpr std::int64_t kShortestChunk = 512;
-  const int side = desc.dtype == DType::kFloat64 ? Tile<double, 1>::kSize : Tile<float, 1>::kSize;
+  const int side = side_of(desc.dtype);
   // Without rows or columns one tile is left: A may have row sums, and an empty grid is an error.
   const auto tiles_for = [&](std::int64_t count, int groups) {
     return std::max<std::int64_t>(1, divide_up(count, groups * side));
@@ -223,6 +228,7 @@ __global__ void __launch_bounds__(kThreads)
       ptx::block_sync();
     }
 
+    S column_sums[C::kThread] = {};
 #pragma unroll
     for (int r = 0; r < C::kThread; ++r) {
       const std::int64_t i = i0 + C::place(r, ty);
@@ -230,8 +236,21 @@ __global__ void __launch_bounds__(kThreads)
       for (int c = 0; c < C::kThread; ++c) {
         const std::int64_t j = j0 + C::place(c, tx);
         if (i >= desc.m || j >= desc.n) continue;
-        store_sum<T>(desc, problem.at, problem.sums, chunk, i, j, totals[r][c]);
+        column_sums[c] += store_sum<T>(desc, problem.at, problem.sums, chunk, i, j, totals[r][c]);
       }
+    }
+    if (desc.has_d_sum) {
+      auto& sums_of_rows = a_tiles[0];  // (ty, column): nobody reads A any more
+      static_assert(C::kK == kSide);
+#pragma unroll
+      for (int c = 0; c < C::kThread; ++c) sums_of_rows[ty][C::place(c, tx)] = column_sums[c];
+      ptx::block_sync();
+      if (thread < C::kSize && j0 + thread < desc.n) {
+        S sum = 0;
+        for (int y = 0; y < kSide; ++y) sum += sums_of_rows[y][thread];
+        static_cast<S*>(problem.at.d_sum)[i0 / C::kSize * desc.n + j0 + thread] = sum;
+      }
+      ptx::block_sync();
     }
     if (sums_a && i0 + thread < desc.m) {
       store_a_sum<T>(desc, problem.at, problem.sums, chunk, i0 + thread, a_total);
@@ -270,6 +289,11 @@ int run(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Dev
   return visit_dtype(desc.dtype, [&]<class T>(T*) { return run_as<T>(problem, stream); });
 }
 
+std::int64_t d_sum_rows(const GemmDesc& desc) {
+  const Cut cut = cut_of(desc);
+  return cut.chunks > 1 ? 0 : cut.groups * side_of(desc.dtype);
+}
+
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
 
 }  // namespace
@@ -288,6 +312,7 @@ const GemmKernel gemm_simt = {.name = "gemm_simt",
                               .accepts = accepts,
                               .workspace = workspace,
                               .run = run,
-                              .takes_epilogue_gradient = true};
+                              .takes_epilogue_gradient = true,
+                              .d_sum_rows = d_sum_rows};
 
 }  // namespace neuron_ext::cuda

@@ -42,7 +42,8 @@ struct Shape {
 };
 
 constexpr int kWarpsM = 2, kWideWarpsN = 4, kNarrowWarpsN = 2;
-static_assert(kM == kWarpsM * Shape<float>::kWarpRows);
+constexpr int kSumRows = Shape<float>::kWarpRows;  // of which a warp sums D's columns
+static_assert(kM == kWarpsM * kSumRows);
 
 /// 96 KiB for wide tiles, which a block may have on any GPU, and 64 for narrow ones, so that there
 /// are two blocks on an A100's multiprocessor.
@@ -228,10 +229,42 @@ struct Part {
   }
 };
 
+/// Sums of the columns of a warp's parts of D, one below the other: a lane has neighbours.
+template <class T>
+struct ColumnSums {
+  static constexpr int kCount = Part<T>::kColumns / ptx::kWarp;
+  Accumulator<T> sums[kCount] = {};
+
+  NEURON_EXT_DEVICE void add(const T* part) {
+    struct alignas(kCount * sizeof(T)) Neighbours {
+      T elements[kCount];
+    };
+#pragma unroll
+    for (int row = 0; row < Part<T>::kRows; ++row) {
+      const T* const at = part + Part<T>::element(row, kCount * ptx::lane_id());
+      const Neighbours x = *reinterpret_cast<const Neighbours*>(at);
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) sums[c] += ptx::widen(x.elements[c]);
+    }
+  }
+  /// Of D from (i0, j0) on.
+  NEURON_EXT_DEVICE void store(const Problem& problem, int i0, int j0) const {
+    const GemmDesc& desc = problem.desc;
+    Accumulator<T>* const to =
+        static_cast<Accumulator<T>*>(problem.at.d_sum) + i0 / kSumRows * desc.n;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      const std::int64_t j = j0 + kCount * ptx::lane_id() + c;
+      if (i0 < desc.m && j < desc.n) to[j] = sums[c];
+    }
+  }
+};
+
 /// What becomes of a sum before it's rounded: bias and activation. Columns are the lane's: c of 8,
 /// and e of two.
 template <class T, class F>
 struct Activated {
+  static constexpr bool kHasColumnSums = false;
   static constexpr int kColumns = Shape<T>::kWarpColumns / 8;
   Accumulator<T> bias[kColumns][2];
 
@@ -253,6 +286,7 @@ struct Activated {
 /// Or the activation's gradient where its output is d_saved.
 template <class T>
 struct Differentiated {
+  static constexpr bool kHasColumnSums = true;
   const Problem& problem;
   int i0, j0;
 
@@ -273,6 +307,7 @@ NEURON_EXT_DEVICE void store(const Problem& problem,
                              int j0) {
   const int g = ptx::lane_id() / 4, t = ptx::lane_id() % 4;
   const Finish finish{problem, i0 + g, j0 + 2 * t};
+  ColumnSums<T> column_sums;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -286,8 +321,10 @@ NEURON_EXT_DEVICE void store(const Problem& problem,
     }
     ptx::warp_sync();
     Part<T>::store(problem, part, i0 + 16 * r, j0);
+    if (Finish::kHasColumnSums && problem.desc.has_d_sum) column_sums.add(part);
     ptx::warp_sync();
   }
+  if (Finish::kHasColumnSums && problem.desc.has_d_sum) column_sums.store(problem, i0, j0);
 }
 
 /// All of a warp's sums of a chunk of k, as they are.
@@ -525,6 +562,8 @@ int run(const GemmDesc& whole_desc, const GemmPointers& whole_at, void* workspac
   return error != 0 ? error : add_chunks(desc, at, sums, stream);
 }
 
+std::int64_t d_sum_rows(const GemmDesc& desc) { return chunks_of(desc).count > 1 ? 0 : kSumRows; }
+
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
 
 }  // namespace
@@ -537,6 +576,7 @@ const GemmKernel gemm_sm80 = {.name = "gemm_sm80",
                               .workspace = workspace,
                               .run = run,
                               .forms_a = true,
-                              .takes_epilogue_gradient = true};
+                              .takes_epilogue_gradient = true,
+                              .d_sum_rows = d_sum_rows};
 
 }  // namespace neuron_ext::cuda

@@ -153,6 +153,32 @@ NEURON_EXT_DEVICE void store_part(const Problem& problem, const ptx::TensorMap& 
   }
 }
 
+/// The sums of the columns of a finished part of D from (i0, j0) on, two of them by each lane of
+/// the calling warp.
+template <class T>
+NEURON_EXT_DEVICE void sum_part(const Problem& problem, const Part<T>& part, int i0, int j0) {
+  const GemmDesc& desc = problem.desc;
+  const int column = 2 * ptx::lane_id();
+  const std::int64_t rows = desc.m - i0 < kRows ? desc.m - i0 : kRows;
+  float sums[2] = {};
+#pragma unroll 8
+  for (int row = 0; row < rows; ++row) {
+    const union {
+      std::uint32_t word;
+      T elements[2];
+    } pair = {
+        *reinterpret_cast<const std::uint32_t*>(part + row * kColumns + (column ^ row % 8 * 8))};
+#pragma unroll
+    for (int c = 0; c < 2; ++c) sums[c] += ptx::widen(pair.elements[c]);
+  }
+  float* const to = static_cast<float*>(problem.at.d_sum) + i0 / kRows * desc.n;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const std::int64_t j = j0 + column + c;
+    if (rows > 0 && j < desc.n) to[j] = sums[c];
+  }
+}
+
 // ---- the product -------------------------------------------------------------------------------
 
 template <class T, int kN, Major kMajorA, Major kMajorB>
@@ -225,6 +251,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         store_part<T>(problem, d_map, part, place.i + consumer * kRows, place.j + c, thread,
                       warpgroup);
+        // A warp for each part: none of them comes to lie behind the others.
+        if (problem.desc.has_d_sum && thread / ptx::kWarp == c / kColumns) {
+          sum_part<T>(problem, part, place.i + consumer * kRows, place.j + c);
+        }
       }
     }
     if (thread == 0) ptx::tma_store_wait_read<0>();
@@ -340,6 +370,8 @@ int run(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Dev
                                         : run_dtype(static_cast<Float16*>(nullptr));
 }
 
+std::int64_t d_sum_rows(const GemmDesc&) { return kRows; }
+
 constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
 
 }  // namespace
@@ -352,6 +384,7 @@ const GemmKernel gemm_sm90 = {.name = "gemm_sm90",
                               .workspace = workspace,
                               .run = run,
                               .forms_a = true,
-                              .takes_epilogue_gradient = true};
+                              .takes_epilogue_gradient = true,
+                              .d_sum_rows = d_sum_rows};
 
 }  // namespace neuron_ext::cuda

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "activation.cuh"
+#include "column_sums.cuh"
 #include "gemm_config.h"
 #include "gemm_sm90.cuh"
 #include "prologue.h"
@@ -88,6 +89,7 @@ struct alignas(1024) Shared {
   BFloat16 a[kStages][kPlanes][kM * kK];
   BFloat16 b[kStages][kPlanes][kN * kK];
   float bias[kConsumers][kN];
+  float column_sums[kConsumers][ptx::kWarpgroup / ptx::kWarp][kN];
   RingBarriers<kStages> barriers;
 };
 static_assert(sizeof(Shared<3>) <= 227 << 10);
@@ -97,6 +99,24 @@ struct Problem {
   GemmPointers at;
   Cut cut;
 };
+
+/// The sums of the columns that a warp has 16 rows of.
+template <int kColumns>
+NEURON_EXT_DEVICE void store_column_sums(const float (&elements)[kColumns / 2],
+                                         float (&columns)[kColumns]) {
+  float sums[kColumns / 4];  // of the lane's two rows: pairs of columns, 8 from one to the next
+#pragma unroll
+  for (int c = 0; c < kColumns / 4; ++c) {
+    sums[c] = elements[c / 2 * 4 + c % 2] + elements[c / 2 * 4 + 2 + c % 2];
+  }
+  const int lane = ptx::lane_id(), g = lane / 4, t = lane % 4;
+  sum_over_rows(sums, lane);
+#pragma unroll
+  for (int s = 0; s < kColumns / 32; ++s) {
+    const int c = g * (kColumns / 32) + s;
+    columns[c / 2 * 8 + 2 * t + c % 2] = sums[s];
+  }
+}
 
 template <int kPlanes>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -180,11 +200,24 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int column = e / 4 * 8 + 2 * t + e % 2;
         const std::int64_t i = i0 + e / 2 % 2 * 8, j = place.j + column;
         const float sum = totals[e] + shared.bias[consumer][column];
+        totals[e] = 0;
         if (i < desc.m && j < desc.n) {
-          d[i * desc.d_stride_m + j] =
-              desc.has_epilogue_gradient()
-                  ? gradient(desc.epilogue_gradient, sum, saved[i * desc.d_saved_stride_m + j])
-                  : apply<float>(desc.epilogue, sum);
+          totals[e] = desc.has_epilogue_gradient() ? gradient(desc.epilogue_gradient, sum,
+                                                              saved[i * desc.d_saved_stride_m + j])
+                                                   : apply<float>(desc.epilogue, sum);
+          d[i * desc.d_stride_m + j] = totals[e];
+        }
+      }
+      if (desc.has_d_sum) {
+        auto& column_sums = shared.column_sums[consumer];
+        store_column_sums(totals, column_sums[thread / ptx::kWarp]);
+        ptx::barrier_sync(warpgroup, ptx::kWarpgroup);
+        const std::int64_t i = place.i + consumer * kRows, j = place.j + thread;
+        static_assert(kN == ptx::kWarpgroup);
+        if (i < desc.m && j < desc.n) {
+          float sum = 0;
+          for (const auto& of_warp : column_sums) sum += of_warp[thread];
+          static_cast<float*>(problem.at.d_sum)[i / kRows * desc.n + j] = sum;
         }
       }
     }
@@ -307,6 +340,11 @@ int run(const GemmDesc& whole_desc, const GemmPointers& whole_at, void* workspac
   }
 }
 
+std::int64_t d_sum_rows(const GemmDesc&) {
+  static_assert(kRows == kFlagBlock);  // so that run_simt_where writes whole sums
+  return kRows;
+}
+
 constexpr DType kDTypes[] = {DType::kFloat32};
 
 }  // namespace
@@ -319,6 +357,7 @@ const GemmKernel gemm_sm90_f32 = {.name = "gemm_sm90_f32",
                                   .workspace = workspace,
                                   .run = run,
                                   .forms_a = true,
-                                  .takes_epilogue_gradient = true};
+                                  .takes_epilogue_gradient = true,
+                                  .d_sum_rows = d_sum_rows};
 
 }  // namespace neuron_ext::cuda

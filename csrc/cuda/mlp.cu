@@ -5,9 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "gemm_config.h"
 #include "mlp_kernels.h"
 #include "neuron_ext/last_kernel.h"
 #include "neuron_ext/log.h"
+#include "prologue.h"
 
 namespace neuron_ext::cuda {
 namespace {
@@ -29,12 +31,6 @@ std::size_t layers_of_step(std::span<const MlpLayer> layers, std::int64_t widest
   const auto is_wide = [&](const MlpLayer& layer) { return width_of(layer) > widest; };
   const auto wide = std::ranges::find_if(layers.first(most), is_wide);
   return std::max<std::size_t>(1, static_cast<std::size_t>(wide - layers.begin()));
-}
-
-constexpr std::size_t kAlignment = 256;
-
-std::size_t aligned(std::size_t bytes) {
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
 /// For the widest output that is between two steps and that no layer keeps.
@@ -75,14 +71,31 @@ GemmPointers pointers_of(const Mlp& part, void* output) {
   at.bias = part.layers[0].bias;
   at.d_saved = part.layers[0].saved;
   at.d = output;
+  at.d_sum = part.layers[0].output_sum;
   return at;
 }
 
-Status run_together(const Mlp& part, void* output, const Device& device, Stream stream) {
-  const auto takes = [&](const MlpKernel* kernel) {
-    return std::ranges::find(kernel->dtypes, part.dtype) != kernel->dtypes.end();
-  };
-  const MlpKernel& kernel = **std::ranges::find_if(kMlpKernels, takes);
+const MlpKernel& kernel_for(DType dtype) {
+  return **std::ranges::find_if(kMlpKernels, [&](const MlpKernel* kernel) {
+    return std::ranges::find(kernel->dtypes, dtype) != kernel->dtypes.end();
+  });
+}
+
+/// Blocks of rows of which a kernel gives the sums of a layer's output.
+std::int64_t sum_blocks(const Mlp& part) {
+  return divide_up(part.rows, kernel_for(part.dtype).sum_rows);
+}
+
+/// For those sums.
+std::size_t sum_bytes(const Mlp& part, const MlpLayer& layer) {
+  return layer.output_sum == nullptr
+             ? 0
+             : aligned(column_sums_workspace(part.dtype, sum_blocks(part), layer.out_features));
+}
+
+Status run_together(const Mlp& part, void* output, std::byte* workspace, const Device& device,
+                    Stream stream) {
+  const MlpKernel& kernel = kernel_for(part.dtype);
   last_kernel() = kernel.name;
   if (log_is_on()) {
     for (const MlpLayer& layer : part.layers) log_choice(kernel.name, product_of(part, layer));
@@ -96,7 +109,19 @@ Status run_together(const Mlp& part, void* output, const Device& device, Stream 
   stack.widest = static_cast<int>(width_of(*std::ranges::max_element(part.layers, {}, width_of)));
   std::ranges::copy(part.layers, stack.layers);
   stack.layers[stack.depth - 1].output = output;
-  return {kernel.run(stack, part.dtype, device, stream), kernel.name};
+  std::byte* sums = workspace;
+  for (MlpLayer& layer : std::span(stack.layers).first(part.layers.size())) {
+    if (layer.output_sum != nullptr) layer.output_sum = sums;
+    sums += sum_bytes(part, layer);
+  }
+  int error = part.rows == 0 ? 0 : kernel.run(stack, part.dtype, device, stream);
+  for (std::size_t i = 0; i < part.layers.size() && error == 0; ++i) {
+    const MlpLayer& layer = part.layers[i];
+    if (layer.output_sum == nullptr || layer.out_features == 0) continue;
+    error = add_column_sums(part.dtype, sum_blocks(part), layer.out_features,
+                            stack.layers[i].output_sum, layer.output_sum, stream);
+  }
+  return {error, kernel.name};
 }
 
 }  // namespace
@@ -106,24 +131,26 @@ std::size_t mlp_workspace(const Mlp& mlp, const Device& device) {
   auto* const anywhere = reinterpret_cast<std::byte*>(kAlignment);
   std::size_t most = 0;
   for_each_step(mlp, anywhere, [&](const Mlp& part, void* output) {
-    if (part.layers.size() > 1) return;
-    most = std::max(
-        most, gemm_workspace(product_of(part, part.layers[0]), pointers_of(part, output), device));
+    std::size_t bytes = 0;
+    if (part.layers.size() > 1) {
+      for (const MlpLayer& layer : part.layers) bytes += sum_bytes(part, layer);
+    } else {
+      bytes = gemm_workspace(product_of(part, part.layers[0]), pointers_of(part, output), device);
+    }
+    most = std::max(most, bytes);
   });
   return 2 * passing_bytes(mlp) + most;
 }
 
 Status mlp(const Mlp& mlp, void* workspace, const Device& device, Stream stream) {
-  if (mlp.rows == 0) return {};
   auto* const passing = static_cast<std::byte*>(workspace);
-  const std::size_t bytes = 2 * passing_bytes(mlp);
+  std::byte* const rest = workspace == nullptr ? nullptr : passing + 2 * passing_bytes(mlp);
   Status status;
   for_each_step(mlp, passing, [&](const Mlp& part, void* output) {
     if (!status.ok()) return;
-    status = part.layers.size() > 1
-                 ? run_together(part, output, device, stream)
-                 : gemm(product_of(part, part.layers[0]), pointers_of(part, output),
-                        workspace == nullptr ? nullptr : passing + bytes, device, stream);
+    status = part.layers.size() > 1 ? run_together(part, output, rest, device, stream)
+                                    : gemm(product_of(part, part.layers[0]),
+                                           pointers_of(part, output), rest, device, stream);
   });
   return status;
 }

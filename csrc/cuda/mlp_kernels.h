@@ -13,7 +13,9 @@ inline constexpr int kWidestLayer = 128;  // in and out; of f64, 64
 // In one kernel: its parameters may be 4 KiB.
 inline constexpr int kMostLayers = 32;
 
-/// A stack as kernels get it: an Mlp, the last of whose layers has an output.
+/// A stack as kernels get it: an Mlp, the last of whose layers has an output. A layer's output_sum
+/// has a place for the sums of each MlpKernel::sum_rows rows: (blocks of rows, out_features), in
+/// the type of sums.
 struct Stack {
   std::int64_t rows;
   const void* input;
@@ -26,6 +28,7 @@ static_assert(sizeof(Stack) <= 4096 - 64);
 struct MlpKernel {
   const char* name;
   std::span<const DType> dtypes;
+  int sum_rows;  // whose outputs have a sum in Stack
   /// Returns a cudaError_t.
   int (*run)(const Stack& stack, DType dtype, const Device& device, Stream stream);
 };

@@ -52,6 +52,6 @@ constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64};
 
 }  // namespace
 
-const MlpKernel mlp_simt = {"mlp_simt", kDTypes, run};
+const MlpKernel mlp_simt = {"mlp_simt", kDTypes, kSumRows, run};
 
 }  // namespace neuron_ext::cuda

@@ -20,6 +20,9 @@ namespace {
 
 constexpr int kSide = 16, kThreads = kSide * kSide;
 
+// Of which outputs have a sum, whatever the tile, whose rows depend on the GPU.
+constexpr int kSumRows = kSide;
+
 /// Some of a thread's sums or operands, 16 bytes at a time.
 template <class S, int kCount>
 union Fragment {
@@ -218,11 +221,40 @@ NEURON_EXT_DEVICE void run_layer(T& tile, const MlpLayer& layer, int index, std:
   }
 }
 
+/// The sums of the tile's columns, a layer's output, for each kSumRows of its rows that there are.
+/// A barrier comes before, and another before the tile is written to.
+template <class T>
+NEURON_EXT_DEVICE void sum_columns(const T& tile, const MlpLayer& layer, int index,
+                                   std::int64_t count) {
+  using S = typename T::S;
+  const int out = static_cast<int>(layer.out_features);
+  for (int e = static_cast<int>(threadIdx.x); e < out * (T::kRows / kSumRows); e += kThreads) {
+    const int column = e % out, first = e / out * kSumRows;
+    const std::int64_t i = std::int64_t{T::kRows} * index + first;
+    if (i >= count) continue;
+    S sum = 0;
+#pragma unroll
+    for (int r = 0; r < kSumRows; r += T::kVector) {
+      Fragment<S, T::kVector> y;
+      y.vectors[0] = ptx::load_16_bytes(&tile.rows[column][first + r]);
+#pragma unroll
+      for (int v = 0; v < T::kVector; ++v) sum += i + r + v < count ? y.elements[v] : 0;
+    }
+    static_cast<S*>(layer.output_sum)[i / kSumRows * out + column] = sum;
+  }
+}
+
 /// All layers of a tile of rows. All threads of the block take part.
 template <class T>
 NEURON_EXT_DEVICE void run_tile(T& tile, const Stack& stack, int index) {
   load_rows(tile, stack, index);
-  for (int i = 0; i < stack.depth; ++i) run_layer(tile, stack.layers[i], index, stack.rows);
+  for (int i = 0; i < stack.depth; ++i) {
+    const MlpLayer& layer = stack.layers[i];
+    run_layer(tile, layer, index, stack.rows);
+    if (layer.output_sum == nullptr) continue;
+    ptx::block_sync();
+    sum_columns(tile, layer, index, stack.rows);
+  }
   ptx::block_sync();
 }
 

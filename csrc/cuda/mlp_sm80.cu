@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "activation.cuh"
+#include "column_sums.cuh"
 #include "mlp_kernels.h"
 #include "ptx/copy.cuh"
 #include "ptx/global.cuh"
@@ -179,6 +180,30 @@ NEURON_EXT_DEVICE void store(const Span& span, int s, const MlpLayer& layer, int
   }
 }
 
+/// The sums of its columns, over the tile's rows that there are, go to where the layer has them.
+template <class T>
+NEURON_EXT_DEVICE void store_column_sums(const Span& span, int s, const MlpLayer& layer, int tile,
+                                         std::int64_t count) {
+  const int lane = ptx::lane_id_now(), g = lane / 4, t = lane % 4;
+  float sums[kNeighbours] = {};
+#pragma unroll
+  for (int r = 0; r < kRows / 8; ++r) {
+    const bool is_inside = std::int64_t{kRows} * tile + 8 * r + g < count;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const union {
+        std::uint32_t word;
+        T elements[2];
+      } pair = {is_inside ? span[r / 2][j / 2][r % 2 + j % 2 * 2] : 0};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) sums[2 * j + e] += ptx::widen(pair.elements[e]);
+    }
+  }
+  sum_over_rows(sums, lane);
+  const std::int64_t out = layer.out_features, column = s * kSpan + t * kNeighbours + g;
+  if (column < out) static_cast<float*>(layer.output_sum)[tile * out + column] = sums[0];
+}
+
 // ---- a layer -----------------------------------------------------------------------------------
 
 /// Sums of a span's tiles from j on, finished and rounded.
@@ -309,6 +334,16 @@ NEURON_EXT_DEVICE void run_layer(const Parameters<T, kWidth>& parameters, const 
   }
 }
 
+/// Of all spans of a layer's output. Not beside products, which take all registers.
+template <class T, int kWidth>
+NEURON_EXT_DEVICE void store_column_sums(const Rows<kWidth>& rows, const MlpLayer& layer, int tile,
+                                         std::int64_t count) {
+#pragma unroll
+  for (int s = 0; s < kWidth / kSpan; ++s) {
+    if (s * kSpan < layer.out_features) store_column_sums<T>(rows[s], s, layer, tile, count);
+  }
+}
+
 /// kGradients: layers may have saved outputs, and have no activations.
 template <class T, int kWidth, bool kGradients>
 __global__ void __launch_bounds__(kThreads<kWidth>, 1)
@@ -343,8 +378,11 @@ __global__ void __launch_bounds__(kThreads<kWidth>, 1)
         load(parameters[place ^ 1], stack.layers[i + 1 < stack.depth ? i + 1 : 0]);
       }
       if (tile < launch.tiles) {
-        run_layer<T, kWidth, kGradients>(parameters[place], stack.layers[i], tile, stack.rows,
-                                         rows);
+        const MlpLayer& layer = stack.layers[i];
+        run_layer<T, kWidth, kGradients>(parameters[place], layer, tile, stack.rows, rows);
+        if (kGradients && layer.output_sum != nullptr) {
+          store_column_sums<T, kWidth>(rows, layer, tile, stack.rows);
+        }
       }
       place ^= 1;
     }
@@ -403,6 +441,6 @@ constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
 
 }  // namespace
 
-const MlpKernel mlp_sm80 = {"mlp_sm80", kDTypes, run};
+const MlpKernel mlp_sm80 = {"mlp_sm80", kDTypes, kRows, run};
 
 }  // namespace neuron_ext::cuda

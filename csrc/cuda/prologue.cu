@@ -95,11 +95,11 @@ bool runs_across_k(const GemmDesc& desc) {
   return desc.has_a_sum || std::abs(desc.a_stride_m) < std::abs(desc.a_stride_k);
 }
 
-constexpr std::int64_t kAlignment = 256;  // of the workspace's two parts
-
-std::int64_t result_bytes(const Step& step, DType dtype) {
-  return divide_up(step.outer * step.result_stride * size_of(dtype), kAlignment) * kAlignment;
+std::size_t result_bytes(const Step& step, DType dtype) {
+  return aligned(static_cast<std::size_t>(step.outer * step.result_stride * size_of(dtype)));
 }
+
+constexpr std::int64_t kMostSlabs = 256;
 
 Step step_of(const GemmDesc& desc) {
   const bool across_k = runs_across_k(desc);
@@ -111,7 +111,7 @@ Step step_of(const GemmDesc& desc) {
   step.result_stride =
       desc.prologue == Activation::kIdentity ? 0 : divide_up(step.inner, vector) * vector;
   // Enough blocks for a GPU, of 8 turns or more. What is left to add up afterwards is small.
-  constexpr std::int64_t kWholeGpu = 1024, kMostSlabs = 256, kLeastTurns = 8;
+  constexpr std::int64_t kWholeGpu = 1024, kLeastTurns = 8;
   const std::int64_t blocks = divide_up(step.inner, kLanes * vector);
   const std::int64_t slabs =
       std::clamp<std::int64_t>(divide_up(step.outer, kLeastTurns * kRows), 1,
@@ -129,6 +129,22 @@ int launch_step(const Step& step, Stream stream) {
                      step);
 }
 
+/// Sums of blocks of rows, as A's whose rows are summed.
+GemmDesc block_sums(DType dtype, std::int64_t blocks, std::int64_t columns) {
+  GemmDesc desc;
+  desc.m = columns;
+  desc.k = blocks;
+  desc.dtype = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  desc.has_a_sum = true;
+  return desc;
+}
+
+std::size_t block_bytes(const GemmDesc& desc) {
+  // There is a place for sums even if there are none.
+  const std::int64_t blocks = std::max<std::int64_t>(1, desc.k);
+  return aligned(static_cast<std::size_t>(blocks * desc.m * size_of(desc.dtype)));
+}
+
 }  // namespace
 
 std::size_t prologue_workspace(const GemmDesc& desc) {
@@ -137,7 +153,7 @@ std::size_t prologue_workspace(const GemmDesc& desc) {
   constexpr std::int64_t kLargestSum = 8;
   const bool has_slab_sums = desc.has_a_sum && step.slabs > 1;
   const std::int64_t sums = has_slab_sums ? step.slabs * step.inner * kLargestSum : 0;
-  return static_cast<std::size_t>(result_bytes(step, desc.dtype) + sums);
+  return result_bytes(step, desc.dtype) + static_cast<std::size_t>(sums);
 }
 
 int run_prologue(GemmDesc& desc, GemmPointers& at, void* workspace, Stream stream) {
@@ -175,6 +191,30 @@ int run_prologue(GemmDesc& desc, GemmPointers& at, void* workspace, Stream strea
     desc.a_stride_k = across_k ? step.result_stride : 1;
   }
   return error;
+}
+
+std::size_t column_sums_workspace(DType dtype, std::int64_t blocks, std::int64_t columns) {
+  const GemmDesc desc = block_sums(dtype, blocks, columns);
+  const std::int64_t slabs = blocks > kMostSlabs ? step_of(desc).slabs : 0;
+  return block_bytes(desc) + static_cast<std::size_t>(slabs * columns * size_of(desc.dtype));
+}
+
+int add_column_sums(DType dtype, std::int64_t blocks, std::int64_t columns, void* workspace,
+                    void* sums, Stream stream) {
+  GemmDesc desc = block_sums(dtype, blocks, columns);
+  ChunkSums chunks{workspace, blocks};
+  // Few are added as they are. More become slabs first, in as many blocks as occupy a GPU.
+  if (blocks > kMostSlabs) {
+    Step step = step_of(desc);
+    step.a = {workspace, 1, columns, has_aligned_rows(workspace, size_of(desc.dtype), 1, columns)};
+    step.slab_sums = static_cast<std::byte*>(workspace) + block_bytes(desc);
+    chunks = {step.slab_sums, step.slabs};
+    const int error = desc.dtype == DType::kFloat64 ? launch_step<double>(step, stream)
+                                                    : launch_step<float>(step, stream);
+    if (error != 0) return error;
+  }
+  desc.dtype = dtype;
+  return add_chunks(desc, {.a_sum = sums}, chunks, stream);
 }
 
 }  // namespace neuron_ext::cuda

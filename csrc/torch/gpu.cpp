@@ -36,11 +36,21 @@ void run_on(c10::Device gpu, const Launch& launch) {
               cuda::error_text(status.error));
 }
 
-/// Of torch's allocator; undefined for none. It may go out of scope once what uses it is launched:
-/// the stream is the one that it was taken on.
+/// Of torch's allocator. It may go out of scope once what uses it is launched: the stream is the
+/// one that it was taken on.
 at::Tensor memory_on(c10::Device gpu, std::size_t bytes) {
-  if (bytes == 0) return {};
   return at::empty({static_cast<std::int64_t>(bytes)}, at::device(gpu).dtype(at::kByte));
+}
+
+/// As run_on, with so much scratch memory: bytes_for(device), launch(workspace, device, stream).
+/// Without any, which is null, torch's allocator isn't asked.
+template <class Bytes, class Launch>
+void run_with_workspace(c10::Device gpu, const Bytes& bytes_for, const Launch& launch) {
+  run_on(gpu, [&](const cuda::Device& device, cuda::Stream stream) {
+    const std::size_t bytes = bytes_for(device);
+    const at::Tensor workspace = bytes == 0 ? at::Tensor() : memory_on(gpu, bytes);
+    return launch(bytes == 0 ? nullptr : workspace.mutable_data_ptr(), device, stream);
+  });
 }
 
 /// The elements of out, in and, unless undefined, saved: their dimensions sorted by stride and
@@ -86,11 +96,15 @@ bool is_runnable(int lowest_sm, int highest_sm) {
 }
 
 void gemm(const GemmDesc& desc, const GemmPointers& at, c10::Device gpu) {
-  run_on(gpu, [&](const cuda::Device& device, cuda::Stream stream) {
-    const at::Tensor workspace = memory_on(gpu, cuda::gemm_workspace(desc, at, device));
-    return cuda::gemm(desc, at, workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
-                      device, stream);
-  });
+  run_with_workspace(
+      gpu, [&](const cuda::Device& device) { return cuda::gemm_workspace(desc, at, device); },
+      [&](void* workspace, const cuda::Device& device, cuda::Stream stream) {
+        return cuda::gemm(desc, at, workspace, device, stream);
+      });
+}
+
+bool sums_a_apart(const GemmDesc& desc, const GemmPointers& at, c10::Device gpu) {
+  return cuda::sums_a_apart(desc, at, properties_of(gpu));
 }
 
 at::Tensor form_a(GemmDesc& desc, GemmPointers& at, c10::Device gpu) {
@@ -104,11 +118,11 @@ at::Tensor form_a(GemmDesc& desc, GemmPointers& at, c10::Device gpu) {
 }
 
 void mlp(const Mlp& mlp, c10::Device gpu) {
-  run_on(gpu, [&](const cuda::Device& device, cuda::Stream stream) {
-    const at::Tensor workspace = memory_on(gpu, cuda::mlp_workspace(mlp, device));
-    return cuda::mlp(mlp, workspace.defined() ? workspace.mutable_data_ptr() : nullptr, device,
-                     stream);
-  });
+  run_with_workspace(
+      gpu, [&](const cuda::Device& device) { return cuda::mlp_workspace(mlp, device); },
+      [&](void* workspace, const cuda::Device& device, cuda::Stream stream) {
+        return cuda::mlp(mlp, workspace, device, stream);
+      });
 }
 
 void activate(Activation f, const at::Tensor& x, const at::Tensor& y) {

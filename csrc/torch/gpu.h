@@ -27,6 +27,9 @@ bool is_runnable(int lowest_sm, int highest_sm);
 /// See GemmDesc; the addresses are those of tensors on `gpu`.
 void gemm(const GemmDesc& desc, const GemmPointers& at, c10::Device gpu);
 
+/// See cuda.h.
+bool sums_a_apart(const GemmDesc& desc, const GemmPointers& at, c10::Device gpu);
+
 /// See Mlp; likewise.
 void mlp(const Mlp& mlp, c10::Device gpu);
 

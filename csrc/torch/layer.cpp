@@ -192,6 +192,15 @@ void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, voi
   wgrad_of(dy, y, x, dw, db, dtype, device).run(device);
 }
 
+bool sums_db_apart(const RowsView& dz, const OptionalRows& x, void* dw, void* db, DType dtype,
+                   c10::Device device) {
+  if constexpr (gpu::kIsBuilt) {
+    const Product product = wgrad_of(dz, std::nullopt, x, dw, db, dtype, device);
+    return device.is_cuda() && gpu::sums_a_apart(product.desc, product.at, device);
+  }
+  return false;
+}
+
 void dgrad_and_wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x,
                      const at::Tensor& weight, void* dx, void* dw, void* db) {
   const c10::Device device = weight.device();

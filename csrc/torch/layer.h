@@ -44,6 +44,11 @@ void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, 
 void wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x, void* dw, void* db,
            DType dtype, c10::Device device = at::kCPU);
 
+/// Whether wgrad of these would read dz once more for db. Where dz comes from a stack's backward,
+/// so had better db (MlpLayer::output_sum).
+bool sums_db_apart(const RowsView& dz, const OptionalRows& x, void* dw, void* db, DType dtype,
+                   c10::Device device);
+
 /// Both: dz is formed once where that is faster.
 void dgrad_and_wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRows& x,
                      const at::Tensor& weight, void* dx, void* dw, void* db);

@@ -323,8 +323,10 @@ void Backward::check() const {
 
 std::vector<Tensor> mlp_backward_by_layers(const Backward& call);
 
-/// The gradients of a stack on a GPU: dz goes down the stack as a stack of its own, then the
-/// layers' parameters get theirs.
+void* data_or_null(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+/// The gradients of a stack on a GPU: dz goes down the stack as a stack of its own, which also sums
+/// it where the parameters' products wouldn't on their way, then the layers' parameters get theirs.
 std::vector<Tensor> run_stack_backward(const Backward& call) {
   const size_t depth = call.depth(), last = depth - 1;
   const RowsView dy = as_rows(call.grad_output);
@@ -345,12 +347,32 @@ std::vector<Tensor> run_stack_backward(const Backward& call) {
   };
 
   std::vector<Tensor> grads(call.mask.size());
+  struct Parameters {
+    RowsView dz;
+    OptionalRows x = std::nullopt;
+    void* dw = nullptr;
+    void* db = nullptr;
+  };
+  const auto parameters_of = [&](size_t layer) {
+    Tensor &dw = grads[1 + layer], &db = grads[1 + depth + layer];
+    Parameters parameters{
+        layer == last ? last_dz : rows_at(place(hidden_dz, layer), rows, out_features(layer))};
+    if (call.wants_weight(layer)) {
+      parameters.x = layer == 0 ? as_rows(call.input)
+                                : rows_at(place(hidden, layer - 1), rows, out_features(layer - 1));
+      dw = new_empty(hidden, {out_features(layer), parameters.x->columns});
+    }
+    if (call.wants_bias(layer)) db = new_empty(hidden, {out_features(layer)});
+    parameters.dw = data_or_null(dw), parameters.db = data_or_null(db);
+    return parameters;
+  };
+
   if (call.wants_input()) grads[0] = empty_rows(call.grad_output, call.weights[0].size(1));
   c10::SmallVector<MlpLayer, 8> layers;
+  c10::SmallVector<Parameters, 8> parameters{parameters_of(last)};  // from the last layer on
   std::int64_t elements = 0;
-  size_t first = last;  // with a dz
-  for (; call.wants_before(first); --first) {
-    const Tensor& weight = call.weights[first];
+  for (size_t i = last; call.wants_before(i); --i) {
+    const Tensor& weight = call.weights[i];
     elements += weight.numel();
     MlpLayer& layer = layers.emplace_back();
     layer.in_features = weight.size(0);
@@ -358,32 +380,25 @@ std::vector<Tensor> run_stack_backward(const Backward& call) {
     layer.weight = weight.const_data_ptr();
     layer.weight_stride_out = weight.stride(1);
     layer.weight_stride_in = weight.stride(0);
-    if (first == 0) {
+    if (i == 0) {
       layer.output = grads[0].mutable_data_ptr();
       break;
     }
     layer.activation = Activation::kSigmoid;
-    layer.saved = place(hidden, first - 1);
-    layer.output = place(hidden_dz, first - 1);
+    layer.saved = place(hidden, i - 1);
+    layer.output = place(hidden_dz, i - 1);
+    auto& [dz, x, dw, db] = parameters.emplace_back(parameters_of(i - 1));
+    if (db != nullptr && sums_db_apart(dz, x, dw, db, dtype, hidden.device())) {
+      layer.output_sum = std::exchange(db, nullptr);
+    }
   }
   if (!layers.empty()) run(layers, elements, last_dz, dtype, hidden.device());
-  for (size_t i = first; i < depth; ++i) {
-    Tensor &dw = grads[1 + i], &db = grads[1 + depth + i];
-    OptionalRows x;
-    if (call.wants_weight(i)) {
-      x = i == 0 ? as_rows(call.input) : rows_at(place(hidden, i - 1), rows, out_features(i - 1));
-      dw = new_empty(hidden, {out_features(i), x->columns});
-    }
-    if (call.wants_bias(i)) db = new_empty(hidden, {out_features(i)});
-    if (!dw.defined() && !db.defined()) continue;
-    wgrad(i == last ? last_dz : rows_at(place(hidden_dz, i), rows, out_features(i)), std::nullopt,
-          x, dw.defined() ? dw.mutable_data_ptr() : nullptr,
-          db.defined() ? db.mutable_data_ptr() : nullptr, dtype, hidden.device());
+  for (const auto& [dz, x, dw, db] : parameters) {
+    if (dw == nullptr && db == nullptr) continue;
+    wgrad(dz, std::nullopt, x, dw, db, dtype, hidden.device());
   }
   return grads;
 }
-
-void* data_or_null(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
 /// All gradients on the CPU, to where `grads` has room, if its kernels take the stack as a whole.
 bool run_blocks_backward(const Backward& call, const Tensor& hidden, TensorList grads) {

@@ -121,7 +121,7 @@ struct Product {
   struct Options {
     Layout a = Layout::kRows, b = Layout::kColumns, saved = Layout::kRows;
     bool bias = false, bias_is_scalar = false, prologue = false, a_sum = false;
-    bool epilogue_gradient = false;
+    bool epilogue_gradient = false, d_sum = false;
     Layout d_saved = Layout::kRows;  // of contiguous columns
     Activation epilogue = Activation::kIdentity;
 
@@ -139,7 +139,7 @@ struct Product {
     }
   };
   struct Result {
-    std::vector<std::byte> d, a_sum;
+    std::vector<std::byte> d, a_sum, d_sum;
     bool operator==(const Result&) const = default;
   };
 
@@ -163,6 +163,7 @@ struct Product {
     desc.prologue = options.prologue ? Activation::kSigmoid : Activation::kIdentity;
     desc.saved_stride_m = saved.stride_row, desc.saved_stride_k = saved.stride_column;
     desc.has_a_sum = options.a_sum;
+    desc.has_d_sum = options.d_sum;
     inputs.a = a.base, inputs.b = b.base, inputs.saved = saved.base, inputs.bias = bias.base;
     inputs.d_saved = d_saved.base;
   }
@@ -181,9 +182,7 @@ struct Product {
   template <class F>
   Result compute_by(const F& compute) const {
     const std::int64_t size = size_of(desc.dtype);
-    Result result;
-    result.d.assign((desc.m * desc.d_stride_m + 2 * kGuard) * size, std::byte{0xa5});
-    result.a_sum.assign((desc.m + 2 * kGuard) * size, std::byte{0xa5});
+    Result result = poisoned();
     GemmPointers at = inputs;
     at.d = result.d.data() + kGuard * size;
     at.a_sum = result.a_sum.data() + kGuard * size;
@@ -191,13 +190,18 @@ struct Product {
     return result;
   }
 
+  /// Memory for results.
+  Result poisoned() const {
+    const auto elements = [&](std::int64_t count) {
+      return std::vector<std::byte>((count + 2 * kGuard) * size_of(desc.dtype), std::byte{0xa5});
+    };
+    return {elements(desc.m * desc.d_stride_m), elements(desc.m), elements(desc.n)};
+  }
+
   /// What compute() must give where the reference's result is exact: rounded once, and nothing else
   /// written.
   Result expected(const ReferenceGemm& reference) const {
-    const std::int64_t size = size_of(desc.dtype);
-    Result result;
-    result.d.assign((desc.m * desc.d_stride_m + 2 * kGuard) * size, std::byte{0xa5});
-    result.a_sum.assign((desc.m + 2 * kGuard) * size, std::byte{0xa5});
+    Result result = poisoned();
     for (std::int64_t i = 0; i < desc.m; ++i) {
       for (std::int64_t j = 0; j < desc.n; ++j) {
         reference_store(desc.dtype, result.d.data(), kGuard + i * desc.d_stride_m + j,
@@ -206,6 +210,11 @@ struct Product {
       if (desc.has_a_sum) {
         reference_store(desc.dtype, result.a_sum.data(), kGuard + i, reference.a_sum[i]);
       }
+    }
+    for (std::int64_t j = 0; desc.has_d_sum && j < desc.n; ++j) {
+      double sum = 0;
+      for (std::int64_t i = 0; i < desc.m; ++i) sum += d(result, i, j);
+      reference_store(desc.dtype, result.d_sum.data(), kGuard + j, sum);
     }
     return result;
   }
@@ -222,7 +231,7 @@ struct Product {
          << desc.saved_stride_m << ", " << desc.saved_stride_k << ") bias " << desc.has_bias
          << " prologue " << name_of(desc.prologue) << " epilogue " << name_of(desc.epilogue)
          << " gradient " << name_of(desc.epilogue_gradient) << " (" << desc.d_saved_stride_m
-         << ", 1) a_sum " << desc.has_a_sum;
+         << ", 1) a_sum " << desc.has_a_sum << " d_sum " << desc.has_d_sum;
     return text.str();
   }
 

@@ -41,15 +41,10 @@ void test_exact_sums() {
       for (const DType dtype : k16Bits) {
         for (int repeat = 0; repeat < 2; ++repeat) {
           ++turn;
-          Product::Options options;
-          options.b = b;
-          options.epilogue_gradient = turn % 5 == 2;
-          options.d_saved = turn % 2 == 0 ? Layout::kRows : Layout::kNegative;
-          options.bias = turn % 3 != 0 && !options.epilogue_gradient;
-          options.bias_is_scalar = turn % 7 == 0;
-          options.prologue = turn % 4 == 1;
+          Product::Options options = testing::options_of(turn);
           options.a = options.prologue && turn % 8 == 5 ? Layout::kGaps : Layout::kRows;
-          options.saved = turn % 16 == 1 ? Layout::kGaps : Layout::kRows;
+          options.b = b;
+          options.a_sum = false;
           const Product product(dtype, m, n, k, options, testing::integer, testing::integer,
                                 testing::exact_saved);
           if (!accepts(product)) continue;

@@ -11,6 +11,7 @@ using emulator::Order;
 using emulator::settings;
 using testing::change_settings;
 using testing::check_close;
+using testing::check_column_sums;
 using testing::check_exact;
 using testing::compute;
 using testing::failures;
@@ -79,15 +80,8 @@ void test_exact_sums() {
       for (const Layout a : {Layout::kRows, Layout::kColumns}) {
         for (const Layout b : {Layout::kRows, Layout::kColumns}) {
           ++turn;
-          Product::Options options;
+          Product::Options options = testing::options_of(turn);
           options.a = a, options.b = b;
-          options.epilogue_gradient = turn % 5 == 2;
-          options.d_saved = turn % 2 == 0 ? Layout::kRows : Layout::kNegative;
-          options.bias = turn % 3 != 0 && !options.epilogue_gradient;
-          options.bias_is_scalar = turn % 5 == 0;
-          options.prologue = turn % 4 == 1;
-          options.a_sum = turn % 3 == 1;
-          options.saved = turn % 16 == 1 ? Layout::kGaps : a;
           Product product =
               make_product(dtype, m, n, k, options, testing::integer, testing::exact_saved);
           set_d_stride(product, turn % 7 < 4);
@@ -171,18 +165,18 @@ void test_random() {
 void test_orders() {
   const testing::Values values = testing::random_values(3, 264, 264, false);
   for (const DType dtype : kDTypes) {
-    Product::Options options;
-    options.bias = true;
-    options.epilogue = Activation::kSigmoid;
-    Product product = make_product(dtype, 136, wide(dtype) + 8, 200, options, values, values);
-    set_d_stride(product, true);
-    settings() = {};
-    const Product::Result first = compute(kKernel, product, {80, 1});
-    for (const int sm_count : kSmCounts) {
-      for (const bool late : {false, true}) {
-        settings() = {.order = late ? Order::kReverse : Order::kShuffled, .late_copies = late};
-        CHECK(compute(kKernel, product, {80, sm_count}) == first,
-              name_of(dtype) << ' ' << sm_count << " multiprocessors");
+    for (const auto& options : {testing::layer_options(), testing::gradient_options()}) {
+      Product product = make_product(dtype, 136, wide(dtype) + 8, 200, options, values, values);
+      set_d_stride(product, true);
+      settings() = {};
+      const Product::Result first = compute(kKernel, product, {80, 1});
+      check_column_sums(kKernel, product, first);
+      for (const int sm_count : kSmCounts) {
+        for (const bool late : {false, true}) {
+          settings() = {.order = late ? Order::kReverse : Order::kShuffled, .late_copies = late};
+          CHECK(compute(kKernel, product, {80, sm_count}) == first,
+                name_of(dtype) << ' ' << sm_count << " multiprocessors");
+        }
       }
     }
   }

@@ -12,6 +12,7 @@ using emulator::Order;
 using emulator::settings;
 using testing::change_settings;
 using testing::check_close;
+using testing::check_column_sums;
 using testing::check_exact;
 using testing::compute;
 using testing::failures;
@@ -21,6 +22,7 @@ using testing::Product;
 using testing::report_mutex;
 
 constexpr const cuda::GemmKernel& kKernel = cuda::gemm_sm90;
+constexpr const cuda::GemmKernel& kF32Kernel = cuda::gemm_sm90_f32;
 constexpr DType k16Bits[] = {DType::kBFloat16, DType::kFloat16};
 
 // Multiprocessors, which decide about tiles: with one, 256 columns where there are more than 128.
@@ -53,15 +55,8 @@ void test_exact_sums() {
       for (const Layout b : {Layout::kRows, Layout::kColumns}) {
         for (const int sm_count : kSmCounts) {
           ++turn;
-          Product::Options options;
+          Product::Options options = testing::options_of(turn);
           options.a = a, options.b = b;
-          options.epilogue_gradient = turn % 6 >= 4;
-          options.d_saved = turn % 12 == 4 ? Layout::kNegative : Layout::kRows;
-          options.bias = turn % 3 != 0 && !options.epilogue_gradient;
-          options.bias_is_scalar = turn % 5 == 0;
-          options.prologue = turn % 4 == 1;
-          options.a_sum = turn % 3 == 1;
-          options.saved = turn % 16 == 1 ? Layout::kGaps : a;
           Product product(k16Bits[turn % 2], m, n, k, options, testing::integer, testing::integer,
                           testing::exact_saved);
           set_d_stride(product, turn % 7 < 4);
@@ -107,19 +102,22 @@ void test_random() {
 /// The same bits in any order of threads, for any lateness, with any tiles.
 void test_orders() {
   const testing::Values values = testing::random_values(3, 392, 392, false);
-  Product::Options options;
-  options.bias = true;
-  options.epilogue = Activation::kSigmoid;
-  Product product(DType::kBFloat16, 136, 264, 392, options, values, values, values);
-  set_d_stride(product, true);
-  settings() = {};
-  const Product::Result first = compute(kKernel, product);
-  for (const int sm_count : {1, 2, 132}) {
-    for (const bool late : {false, true}) {
-      settings() = {.order = late ? Order::kReverse : Order::kShuffled,
-                    .late_copies = late,
-                    .late_products = !late};
-      CHECK(compute(kKernel, product, {90, sm_count}) == first, sm_count << " multiprocessors");
+  for (const auto& options : {testing::layer_options(), testing::gradient_options()}) {
+    for (const cuda::GemmKernel* const kernel : {&kKernel, &kF32Kernel}) {
+      Product product(kernel->dtypes.front(), 136, 264, 392, options, values, values, values);
+      set_d_stride(product, true);
+      settings() = {};
+      const Product::Result first = compute(*kernel, product);
+      check_column_sums(*kernel, product, first);
+      for (const int sm_count : {1, 2, 132}) {
+        for (const bool late : {false, true}) {
+          settings() = {.order = late ? Order::kReverse : Order::kShuffled,
+                        .late_copies = late,
+                        .late_products = !late};
+          CHECK(compute(*kernel, product, {90, sm_count}) == first,
+                kernel->name << ' ' << sm_count << " multiprocessors");
+        }
+      }
     }
   }
 }
@@ -176,7 +174,6 @@ void test_refusals() {
 
 // ---- f32 ---------------------------------------------------------------------------------------
 
-constexpr const cuda::GemmKernel& kF32Kernel = cuda::gemm_sm90_f32;
 constexpr Precision kPrecisions[] = {Precision::kHighest, Precision::kHigh, Precision::kMedium};
 
 void test_f32_exact_sums() {
@@ -189,17 +186,8 @@ void test_f32_exact_sums() {
     for (const Precision precision : kPrecisions) {
       for (int repeat = 0; repeat < 2; ++repeat, ++turn) {
         change_settings();
-        Product::Options options;
-        options.a = static_cast<Layout>(turn % testing::kLayouts);
-        options.b = static_cast<Layout>(turn / 2 % testing::kLayouts);
-        options.saved = static_cast<Layout>(turn / 3 % testing::kLayouts);
-        options.epilogue_gradient = turn % 5 == 2;
-        options.d_saved = turn % 2 == 0 ? Layout::kRows : Layout::kNegative;
-        options.bias = turn % 3 != 0 && !options.epilogue_gradient;
-        options.prologue = turn % 4 == 1;
-        options.a_sum = turn % 2 != 0;
-        Product product(DType::kFloat32, m, n, k, options, testing::integer, testing::integer,
-                        testing::exact_saved);
+        Product product(DType::kFloat32, m, n, k, testing::options_of(turn), testing::integer,
+                        testing::integer, testing::exact_saved);
         product.desc.precision = precision;
         check_exact(kF32Kernel, product, compute(kF32Kernel, product, {90, 1 + turn % 3}));
       }
@@ -274,6 +262,21 @@ void test_f32_special_values() {
   }
 }
 
+/// Tiles that are computed again count once in the sums of columns.
+void test_f32_sums_of_special_values() {
+  const testing::Values values = testing::random_values(5, 260, 260, false);
+  const auto a_values = [&](std::int64_t i, std::int64_t p) {
+    return i == 67 || i == 199 ? 1e-42 * std::round(10 * values(i, p)) : values(i, p);
+  };
+  for (const Precision precision : kPrecisions) {
+    change_settings();
+    Product product(DType::kFloat32, 200, 260, 150, testing::gradient_options(), a_values, values,
+                    values);
+    product.desc.precision = precision;
+    check_column_sums(kF32Kernel, product, compute(kF32Kernel, product));
+  }
+}
+
 // ---- A' by itself ------------------------------------------------------------------------------
 
 std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -325,6 +328,7 @@ int main() {
   test_f32_exact_sums();
   test_f32_random();
   test_f32_special_values();
+  test_f32_sums_of_special_values();
   test_forming_a_first();
   return failures == 0 ? 0 : 1;
 }

@@ -40,7 +40,6 @@ inline std::unique_ptr<emulator::GlobalArray> on_device(const std::vector<std::b
 template <class Workspace, class Run>
 Product::Result compute_by(const Product& product, const Workspace& workspace_of, const Run& run) {
   const GemmDesc& desc = product.desc;
-  const std::int64_t size = size_of(desc.dtype);
   const auto a = on_device(product.a.storage, "A"), b = on_device(product.b.storage, "B");
   const auto saved = on_device(product.saved.storage, "saved");
   const auto d_saved = on_device(product.d_saved.storage, "d_saved");
@@ -50,31 +49,61 @@ Product::Result compute_by(const Product& product, const Workspace& workspace_of
     return address == nullptr ? nullptr
                               : to.data() + (static_cast<const std::byte*>(address) - from.data());
   };
-  const auto bytes = [&](std::int64_t elements) {
-    return static_cast<std::size_t>(elements * size);
+  const auto unwritten = [](const std::vector<std::byte>& host, const char* name) {
+    auto array = std::make_unique<emulator::GlobalArray>(host.size(), name);
+    std::memcpy(array->data(), host.data(), host.size());
+    return array;
   };
-  emulator::GlobalArray d(bytes(desc.m * desc.d_stride_m + 2 * Product::kGuard), "D");
-  emulator::GlobalArray a_sum(bytes(desc.m + 2 * Product::kGuard), "a_sum");
-  std::memset(d.data(), 0xa5, d.size());
-  std::memset(a_sum.data(), 0xa5, a_sum.size());
+  const Product::Result poisoned = product.poisoned();
+  const auto d = unwritten(poisoned.d, "D");
+  const auto a_sum = unwritten(poisoned.a_sum, "a_sum"), d_sum = unwritten(poisoned.d_sum, "d_sum");
+  const std::int64_t guard = Product::kGuard * size_of(desc.dtype);
   const GemmPointers at{moved(product.inputs.a, product.a.storage, *a),
                         moved(product.inputs.b, product.b.storage, *b),
-                        d.data() + bytes(Product::kGuard),
+                        d->data() + guard,
                         moved(product.inputs.bias, product.bias.storage, *bias),
                         moved(product.inputs.saved, product.saved.storage, *saved),
                         moved(product.inputs.d_saved, product.d_saved.storage, *d_saved),
-                        a_sum.data() + bytes(Product::kGuard)};
+                        a_sum->data() + guard,
+                        d_sum->data() + guard};
   emulator::GlobalArray workspace(workspace_of(at), "workspace");
   const int error = run(at, workspace.data());
   CHECK(error == 0, product.name() << ": " << emulator::last_error());
-  return {{d.data(), d.data() + d.size()}, {a_sum.data(), a_sum.data() + a_sum.size()}};
+  const auto bytes = [](const emulator::GlobalArray& array) {
+    return std::vector<std::byte>(array.data(), array.data() + array.size());
+  };
+  return {bytes(*d), bytes(*a_sum), bytes(*d_sum)};
+}
+
+/// All layouts and all parts of a product, and most pairs of them, as turns go by.
+inline Product::Options options_of(int turn) {
+  Product::Options options = Product::Options::of(turn);
+  options.epilogue_gradient = turn % 7 < 3;
+  options.d_sum = turn % 7 < 2;
+  options.d_saved = turn % 2 == 0 ? Layout::kRows : Layout::kNegative;
+  options.bias = options.bias && !options.epilogue_gradient;
+  return options;
+}
+
+/// A layer's output, and the dz of the layer before with its sums.
+inline Product::Options layer_options() {
+  Product::Options options;
+  options.bias = true;
+  options.epilogue = Activation::kSigmoid;
+  return options;
+}
+inline Product::Options gradient_options() {
+  Product::Options options;
+  options.epilogue_gradient = options.d_sum = true;
+  return options;
 }
 
 /// By a row that needn't be the one to be chosen.
 inline Product::Result compute(const cuda::GemmKernel& kernel, const Product& product,
                                const cuda::Device& device = kDevice) {
   return compute_by(
-      product, [&](const GemmPointers&) { return kernel.workspace(product.desc, device); },
+      product,
+      [&](const GemmPointers&) { return cuda::row_workspace(kernel, product.desc, device); },
       [&](const GemmPointers& at, void* workspace) {
         return cuda::run_row(kernel, product.desc, at, workspace, device, nullptr);
       });
@@ -104,11 +133,31 @@ inline double sum_error(DType dtype, std::int64_t terms) {
   return eps * static_cast<double>(std::min<std::int64_t>(terms, 128) + terms / 128 + 4);
 }
 
-/// Within `relative` of the sum of magnitudes, and one rounding.
+/// The sums of D's columns, of what D is: within what adding them up may be off by.
+inline void check_column_sums(const cuda::GemmKernel& kernel, const Product& product,
+                              const Product::Result& result) {
+  const GemmDesc& desc = product.desc;
+  const double eps = desc.dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
+  for (std::int64_t j = 0; desc.has_d_sum && j < desc.n; ++j) {
+    double exact = 0, magnitude = 0;
+    for (std::int64_t i = 0; i < desc.m; ++i) {
+      exact += product.d(result, i, j);
+      magnitude += std::fabs(product.d(result, i, j));
+    }
+    const double sum = cpu::reference_load(desc.dtype, result.d_sum.data(), Product::kGuard + j);
+    const double bound =
+        eps * static_cast<double>(desc.m) * magnitude + 1.01 * spacing(desc.dtype, exact);
+    CHECK(std::fabs(sum - exact) <= bound, kernel.name << ' ' << product.name() << " column " << j
+                                                       << ": " << sum << ", not " << exact);
+  }
+}
+
+/// D within `relative` of the sum of magnitudes, and one rounding.
 inline void check_close(const cuda::GemmKernel& kernel, const Product& product,
                         const Product::Result& result, double relative) {
   const GemmDesc& desc = product.desc;
   const cpu::ReferenceGemm reference = cpu::reference_gemm(desc, product.inputs);
+  check_column_sums(kernel, product, result);
   const double slope = desc.epilogue == Activation::kSigmoid ? 0.25 : 1;
   for (std::int64_t i = 0; i < desc.m; ++i) {
     for (std::int64_t j = 0; j < desc.n; ++j) {

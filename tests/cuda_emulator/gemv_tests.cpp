@@ -44,16 +44,9 @@ void test_exact_sums() {
           ++turn;
           const std::int64_t m = is_few_columns && size.n > 0 ? size.n : size.m;
           const std::int64_t n = is_few_columns && size.n > 0 ? size.m : size.n;
-          Product::Options options;
-          options.a = options.b = static_cast<Layout>(turn % testing::kLayouts);
+          Product::Options options = testing::options_of(turn);
           (is_few_columns ? options.a : options.b) = matrix;
-          options.saved = turn % 16 == 1 ? Layout::kNegative : options.a;
-          options.epilogue_gradient = turn % 5 == 2;
-          options.d_saved = turn % 2 == 0 ? Layout::kRows : Layout::kNegative;
-          options.bias = turn % 3 != 0 && !options.epilogue_gradient;
-          options.bias_is_scalar = turn % 7 == 0;
-          options.prologue = turn % 4 == 1;
-          options.a_sum = turn % 2 != 0 || n == 0;
+          options.a_sum = options.a_sum || n == 0;
           const Product product(dtype, m, n, size.k, options, testing::integer, testing::integer,
                                 testing::exact_saved);
           if (!accepts(product.desc)) continue;

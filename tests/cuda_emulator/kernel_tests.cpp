@@ -36,18 +36,6 @@ using testing::sum_error;
 
 // ---- matrix products ---------------------------------------------------------------------------
 
-Product::Options options_of(int turn) {
-  Product::Options options;
-  options.a = static_cast<Layout>(turn % testing::kLayouts);
-  options.b = static_cast<Layout>(turn / 2 % testing::kLayouts);
-  options.saved = static_cast<Layout>(turn / 3 % testing::kLayouts);
-  options.bias = turn % 3 != 0;
-  options.bias_is_scalar = turn % 5 == 0;
-  options.prologue = turn % 4 == 1;
-  options.a_sum = turn % 2 != 0;
-  return options;
-}
-
 struct Size {
   std::int64_t m, n, k;
 };
@@ -71,7 +59,7 @@ void test_exact_sums(const cuda::GemmKernel& kernel) {
         change_settings();
         // A 16-bit D is exact as long as what is added up is small.
         const auto values = [&](std::int64_t i, std::int64_t j) { return integer(i, j); };
-        const Product product(dtype, m, n, k, options_of(turn), values, values,
+        const Product product(dtype, m, n, k, Product::Options::of(turn), values, values,
                               testing::exact_saved);
         check_exact(kernel, product, compute(kernel, product));
       }
@@ -79,17 +67,17 @@ void test_exact_sums(const cuda::GemmKernel& kernel) {
   }
 }
 
-/// Products that are multiplied by a gradient, on their way out or in a pass of its own; in one
-/// chunk of k and in several.
+/// Products that are multiplied by a gradient, and whose columns are summed, on their way out or in
+/// a pass of its own; in one chunk of k and in several.
 void test_epilogue_gradient(cuda::GemmKernel kernel) {
   int turn = 0;
   for (const DType dtype : kDTypes) {
     for (const auto& [m, n, k] : sizes()) {
       change_settings();
-      Product::Options options = options_of(++turn);
+      Product::Options options = testing::options_of(++turn);
       options.bias = false;
       options.epilogue_gradient = true;
-      options.d_saved = turn % 2 == 0 ? Layout::kRows : Layout::kNegative;
+      options.d_sum = turn % 3 != 0;
       Product product(dtype, m, n, k, options, integer, integer, testing::exact_saved);
       if (turn % 4 == 0) product.desc.d_stride_m = n;
       kernel.takes_epilogue_gradient = turn / 4 % 2 == 0;
@@ -101,6 +89,9 @@ void test_epilogue_gradient(cuda::GemmKernel kernel) {
   desc.has_bias = true;
   desc.epilogue_gradient = Activation::kSigmoid;
   CHECK(!cuda::gemm(desc, {}, nullptr, kDevice, nullptr).ok(), "a bias and a gradient");
+  desc.epilogue_gradient = Activation::kIdentity;
+  desc.has_d_sum = true;
+  CHECK(!cuda::gemm(desc, {}, nullptr, kDevice, nullptr).ok(), "sums without a gradient");
 }
 
 void test_random(const cuda::GemmKernel& kernel) {
@@ -108,9 +99,10 @@ void test_random(const cuda::GemmKernel& kernel) {
     for (const auto& [m, n, k] : {Size{70, 66, 200}, Size{5, 9, 1500}}) {
       for (int turn = 0; turn < 4; ++turn) {
         change_settings();
-        Product::Options options = options_of(turn);
+        Product::Options options = testing::options_of(turn);
         options.a = options.b = options.saved = Layout::kRows;
-        options.epilogue = turn % 2 == 0 ? Activation::kSigmoid : Activation::kIdentity;
+        options.epilogue = options.epilogue_gradient || turn % 2 == 0 ? Activation::kIdentity
+                                                                      : Activation::kSigmoid;
         const testing::Values values = testing::random_values(7, std::max(m, k), k + n, false);
         const auto outputs = [&](std::int64_t i, std::int64_t j) {
           return 1 / (1 + std::exp(-values(i, j)));

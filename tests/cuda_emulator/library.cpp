@@ -68,10 +68,11 @@ int neuron_ext_gemm(int dtype, const std::int64_t* sizes, const std::int64_t* st
 
 /// Mlp, of so many layers: rows and the features before, between and after layers; strides of the
 /// input (row, column), then of each layer its weight's (out, in) and its bias's. A null bias or
-/// saved output isn't there, a null output isn't kept.
+/// saved output isn't there, a null output isn't kept, and null sums aren't formed.
 int neuron_ext_mlp(int dtype, int depth, const std::int64_t* sizes, const std::int64_t* strides,
                    bool ends_in_sigmoid, const void* input, const void* const* weights,
-                   const void* const* biases, const void* const* saved, void* const* outputs) {
+                   const void* const* biases, const void* const* saved, void* const* outputs,
+                   void* const* output_sums) {
   std::vector<MlpLayer> layers(static_cast<std::size_t>(depth));
   for (int i = 0; i < depth; ++i) {
     const std::int64_t* const stride = strides + 2 + 3 * i;
@@ -85,7 +86,8 @@ int neuron_ext_mlp(int dtype, int depth, const std::int64_t* sizes, const std::i
                  .bias = biases[i],
                  .bias_stride = stride[2],
                  .saved = saved[i],
-                 .output = outputs[i]};
+                 .output = outputs[i],
+                 .output_sum = output_sums[i]};
   }
   const Mlp mlp{.dtype = static_cast<DType>(dtype),
                 .rows = sizes[0],

@@ -90,17 +90,22 @@ class Stack {
   }
   Stack(const Stack&) = delete;
 
-  /// The outputs of all layers or only of the last, each between poisoned elements.
+  /// The outputs of all layers or only of the last, then the sums of those with saved outputs, each
+  /// between poisoned elements.
   std::vector<Bytes> run(bool keeps_hidden, const cuda::Device& device = kDevice) {
     std::vector<std::unique_ptr<GlobalArray>> outputs;
-    for (MlpLayer& layer : layers_) {
-      layer.output = nullptr;
-      if (!keeps_hidden && &layer != &layers_.back()) continue;
-      const std::int64_t elements = mlp.rows * layer.out_features + 2 * kGuard;
-      outputs.push_back(std::make_unique<GlobalArray>(
-          static_cast<std::size_t>(elements * size_of(mlp.dtype)), "output"));
+    const auto add_output = [&](std::int64_t elements) {
+      const std::int64_t bytes = (elements + 2 * kGuard) * size_of(mlp.dtype);
+      outputs.push_back(std::make_unique<GlobalArray>(static_cast<std::size_t>(bytes), "output"));
       std::memset(outputs.back()->data(), 0xa5, outputs.back()->size());
-      layer.output = outputs.back()->data() + kGuard * size_of(mlp.dtype);
+      return outputs.back()->data() + kGuard * size_of(mlp.dtype);
+    };
+    for (MlpLayer& layer : layers_) {
+      const bool is_kept = keeps_hidden || &layer == &layers_.back();
+      layer.output = is_kept ? add_output(mlp.rows * layer.out_features) : nullptr;
+    }
+    for (MlpLayer& layer : layers_) {
+      if (layer.saved != nullptr) layer.output_sum = add_output(layer.out_features);
     }
     // Nothing of it may be read before it is written.
     GlobalArray workspace(cuda::mlp_workspace(mlp, device), "workspace");
@@ -151,6 +156,31 @@ class Stack {
                      << expected.d[e]);
       }
     }
+    check_sums(outputs);
+  }
+
+  /// Of what the outputs are: within what adding them up, and rounding once, may be off by.
+  void check_sums(const std::vector<Bytes>& outputs) const {
+    const double eps = mlp.dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
+    auto sums = outputs.begin() + static_cast<std::ptrdiff_t>(layers_.size());
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      if (layers_[i].saved == nullptr) continue;
+      for (std::int64_t j = 0; j < layers_[i].out_features; ++j) {
+        double exact = 0, magnitude = 0;
+        for (std::int64_t row = 0; row < mlp.rows; ++row) {
+          const double x = cpu::reference_load(mlp.dtype, outputs[i].data(),
+                                               kGuard + row * layers_[i].out_features + j);
+          exact += x;
+          magnitude += std::fabs(x);
+        }
+        const double got = cpu::reference_load(mlp.dtype, sums->data(), kGuard + j);
+        const double bound =
+            eps * static_cast<double>(mlp.rows) * magnitude + 1.01 * spacing(mlp.dtype, exact);
+        CHECK(std::fabs(got - exact) <= bound,
+              name() << ", layer " << i << ", column " << j << ": " << got << ", not " << exact);
+      }
+      ++sums;
+    }
   }
 
   /// The nearest values: for layers whose sums are exact.
@@ -177,7 +207,8 @@ class Stack {
 
   /// Layer i by gemm_simt, from the outputs of the layers before it, between poisoned elements.
   Bytes run_simt(std::size_t i, const std::vector<Bytes>& outputs) const {
-    const GemmDesc desc = product_of(mlp, layers_[i]);
+    GemmDesc desc = product_of(mlp, layers_[i]);
+    desc.has_d_sum = false;
     const std::int64_t guard = kGuard * size_of(mlp.dtype);
     GlobalArray d(outputs[i].size(), "D");
     std::memset(d.data(), 0xa5, d.size());
@@ -193,10 +224,10 @@ class Stack {
     return {d.data(), d.data() + d.size()};
   }
 
-  /// The first rows of the last output.
-  Bytes first_rows(const std::vector<Bytes>& outputs, std::int64_t rows) const {
+  /// The first rows of an output of the last layer.
+  Bytes first_rows(const Bytes& output, std::int64_t rows) const {
     const std::int64_t size = size_of(mlp.dtype);
-    const auto begin = outputs.back().begin() + kGuard * size;
+    const auto begin = output.begin() + kGuard * size;
     return {begin, begin + rows * layers_.back().out_features * size};
   }
 
@@ -281,14 +312,18 @@ void test_random(DType dtype, const Widths& widths, const Stack::Options& option
   settings() = {};
   const std::vector<Bytes> outputs = stack.run(true);
   stack.check_close(outputs);
+  const auto hidden = static_cast<std::ptrdiff_t>(widths.size()) - 2;
   for (const cuda::Device device : {cuda::Device{90, 1}, {90, 132}, {86, 3}}) {
     settings() = {.order = device.sm_count == 1 ? Order::kReverse : Order::kShuffled,
                   .late_copies = device.sm_count == 3};
     CHECK(stack.run(true, device) == outputs, stack.name() << ", sm_" << device.sm);
-    CHECK(stack.run(false, device).front() == outputs.back(), stack.name());
+    const std::vector<Bytes> last = stack.run(false, device);
+    CHECK(std::equal(last.begin(), last.end(), outputs.begin() + hidden), stack.name());
   }
   Stack small(dtype, 7, widths, options, x, random_weight, x);
-  CHECK(small.first_rows(small.run(false), 7) == stack.first_rows(outputs, 7), small.name());
+  CHECK(small.first_rows(small.run(false).front(), 7) ==
+            stack.first_rows(outputs[widths.size() - 2], 7),
+        small.name());
   if (size_of(dtype) == 2) return;
   for (std::size_t i = 0; i + 1 < widths.size(); ++i) {
     CHECK(stack.run_simt(i, outputs) == outputs[i], stack.name() << ", layer " << i);
@@ -346,9 +381,24 @@ void test_special_values() {
   }
 }
 
+/// Sums of more blocks of rows than are added as they are; vectors of 16 bytes, and columns
+/// between.
+void test_many_rows() {
+  const Values x = [](std::int64_t i, std::int64_t j) { return integer(i, j); };
+  for (const DType dtype : kDTypes) {
+    for (const std::int64_t width : {7, 8}) {
+      change_settings();
+      Stack stack(dtype, 8300, {5, width, 3}, {.saved = testing::exact_saved}, x, sparse, x);
+      stack.check_exact(stack.run(true));
+    }
+  }
+}
+
+/// Nothing but sums, which are 0.
 void test_no_rows() {
-  Stack stack(DType::kFloat32, 0, {4, 5, 3}, {}, integer, integer, integer);
-  stack.check_guards(stack.run(true));
+  Stack stack(DType::kFloat32, 0, {4, 5, 3}, {.saved = testing::exact_saved}, integer, integer,
+              integer);
+  stack.check_exact(stack.run(true));
 }
 
 }  // namespace
@@ -358,6 +408,7 @@ int main() {
   test_random();
   test_steps();
   test_special_values();
+  test_many_rows();
   test_no_rows();
   if (failures > 0) std::cerr << failures << " checks failed\n";
   return failures == 0 ? 0 : 1;

@@ -378,7 +378,7 @@ __global__ void sum_split_kernel(const float* x, int n, bool first_waits, float*
 
 __global__ void sum_warps_kernel(const float* x, float* y, Mistake mistake) {
   NEURON_EXT_SHARED(float, values, [32][32]);
-  const int thread = static_cast<int>(threadIdx.x), lane = ptx::lane_id(), warp = thread / 32;
+  const int thread = static_cast<int>(threadIdx.x), lane = ptx::lane_id_now(), warp = thread / 32;
   values[warp][lane] = x[thread];
   if (mistake != Mistake::kWarpNoSync) ptx::warp_sync();
   float sum = values[warp][31 - lane];

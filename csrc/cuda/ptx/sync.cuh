@@ -46,6 +46,17 @@ NEURON_EXT_DEVICE void warp_sync(std::uint32_t lanes = kAllLanes) {
 /// This thread's lane, in a block of one dimension.
 NEURON_EXT_DEVICE int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
 
+/// The same, read at each call: nothing that is computed of it can occupy a register before.
+NEURON_EXT_DEVICE int lane_id_now() {
+#ifdef NEURON_EXT_CUDA_EMULATOR
+  return lane_id();
+#else
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+#endif
+}
+
 /// `value` of lane `source`. Every lane of the warp takes part in this and the following.
 template <class T>
 NEURON_EXT_DEVICE T shuffle(T value, int source) {

@@ -66,6 +66,10 @@ std::size_t gemm_workspace(const GemmDesc& desc, const GemmPointers& at, const D
 Status gemm(const GemmDesc& desc, const GemmPointers& at, void* workspace, const Device& device,
             Stream stream);
 
+/// Whether gemm() would read A by itself to form a_sum, rather than as it multiplies. Where A is
+/// the D of a product with an epilogue gradient, that one's d_sum costs less.
+bool sums_a_apart(const GemmDesc& desc, const GemmPointers& at, const Device& device);
+
 // ---- the first operand by itself ----------------------------------------------------------------
 
 /// Whether gemm() would write A' to its workspace before it multiplies. If form_a() does so

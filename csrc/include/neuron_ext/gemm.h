@@ -29,7 +29,7 @@ namespace neuron_ext {
 /// a_sum. Sums are formed in f32 (f64 for f64) and rounded to the dtype once, when D is stored.
 struct GemmDesc {
   std::int64_t m = 0, n = 0, k = 0;
-  DType dtype = DType::kFloat32;  // of A, B, D, bias, saved and a_sum alike
+  DType dtype = DType::kFloat32;  // of A, B, D, bias, saved and sums alike
   Precision precision = Precision::kHighest;
 
   std::int64_t a_stride_m = 0, a_stride_k = 1;
@@ -43,6 +43,10 @@ struct GemmDesc {
   // One whose gradient needs its output. With it there is neither a bias nor another epilogue.
   Activation epilogue_gradient = Activation::kIdentity;
   std::int64_t d_saved_stride_m = 0;  // rows of d_saved; its columns are contiguous
+
+  // Also d_sum[j] = sum over i of D[i, j] as it is stored, contiguous: the db that goes with the dz
+  // that an epilogue gradient gives. With such a gradient, and on CUDA alone.
+  bool has_d_sum = false;
 
   Activation prologue = Activation::kIdentity;  // one whose gradient needs its output
   std::int64_t saved_stride_m = 0, saved_stride_k = 1;
@@ -65,13 +69,14 @@ struct GemmDesc {
   }
   /// Whether what is asked of the epilogue goes together.
   constexpr bool is_valid() const {
+    if (has_d_sum && !has_epilogue_gradient()) return false;
     return (!has_epilogue_gradient() && !adds) ||
            (!has_bias && epilogue == Activation::kIdentity && !(has_epilogue_gradient() && adds));
   }
 };
 
-/// The addresses that go with a GemmDesc; those it doesn't ask for may be null. D and a_sum overlap
-/// nothing.
+/// The addresses that go with a GemmDesc; those it doesn't ask for may be null. D and the sums
+/// overlap nothing.
 struct GemmPointers {
   const void* a = nullptr;
   const void* b = nullptr;
@@ -80,6 +85,7 @@ struct GemmPointers {
   const void* saved = nullptr;
   const void* d_saved = nullptr;
   void* a_sum = nullptr;
+  void* d_sum = nullptr;
   // What cpu::pack_b made of B, of the same n, k and dtype: then its kernel runs, and b is read
   // only for values that the kernel leaves to another (none, if b has none that are special).
   const void* packed_b = nullptr;

@@ -30,6 +30,9 @@ struct MlpLayer {
   // (rows, out_features), contiguous. Null for a hidden layer whose output nobody needs later: then
   // it exists only while the next layer reads it.
   void* output = nullptr;
+
+  // (out_features), of the output's columns as GemmDesc::has_d_sum says; null: not wanted.
+  void* output_sum = nullptr;
 };
 
 struct Mlp {
@@ -101,6 +104,7 @@ inline GemmDesc product_of(const Mlp& mlp, const MlpLayer& layer) {
   } else {
     desc.epilogue_gradient = layer.activation;
     desc.d_saved_stride_m = layer.out_features;
+    desc.has_d_sum = layer.output_sum != nullptr;
   }
   return desc;
 }
