@@ -171,6 +171,23 @@ def test_gradients_of_a_long_batch_no_worse_than_torch(dtype: torch.dtype, isa: 
 
 
 @each_dtype_with_reference
+@pytest.mark.parametrize(("features", "out"), [(16, 16), (13, 5), (1, 40), (40, 1)])
+def test_gradients_of_rows_in_blocks(features: int, out: int, dtype: torch.dtype, isa: str) -> None:
+    """A long batch may go back in blocks of rows, of which each forms dz once."""
+    x, w, b = layer_inputs(((9001,), features, out), dtype)
+    for dy in (
+        normal(9001, out, dtype=dtype),
+        normal(9001, out + 3, dtype=dtype)[:, 1:-2],
+        normal(1, 1, dtype=dtype).expand(9001, out),
+    ):
+        results = with_gradients(functional.linear_sigmoid, (x, w, b), dy)
+        for (name, bound), actual in zip(
+            expected_results("linear_sigmoid", x, w, b, dy).items(), results, strict=True
+        ):
+            assert_within(actual, bound, name)
+
+
+@each_dtype_with_reference
 def test_rows_of_very_different_size(dtype: torch.dtype, isa: str) -> None:
     """The bound is for each element: a large row may not spoil a small one."""
     power = {torch.float64: 200, torch.float16: 2}.get(dtype, 30)

@@ -23,7 +23,7 @@ SHAPES: dict[str, Shape] = {
     "few rows, long sum": ((3,), 5000, 130),
     "square": ((257,), 257, 257),
     "few outputs, many rows": ((4097,), 64, 3),
-    "rows in blocks": ((33_000,), 5, 4),
+    "rows in blocks": ((33_000,), 13, 4),
 }
 
 

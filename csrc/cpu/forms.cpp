@@ -123,7 +123,7 @@ bool is_long_in_pairs(const GemmDesc& desc) {
   // Two k in a place gain where A's rows lie there in pairs. Else, putting them together pays from
   // so many multiply-adds on: for a row of D (Zen 4: 640 lose, 832 gain), or for a k of sums, where
   // both operands' rows are interleaved.
-  constexpr std::int64_t kWideRow = 768, kWideSum = 384;
+  constexpr std::int64_t kWideRow = 768, kWideSum = 256;
   switch (form_of(desc)) {
     case Form::kLongRows:
       return (desc.k % 2 == 0 && desc.a_stride_k == 1) || desc.n * desc.k >= kWideRow;

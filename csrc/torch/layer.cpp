@@ -133,6 +133,38 @@ at::Tensor form_dz(const RowsView& dy, const RowsView& y, std::int64_t in_featur
   return dz;
 }
 
+/// Both gradients of a long batch in blocks of rows, each of which forms dz once; else nothing is
+/// done, and the result is false. For bf16 alone: see form_dz. Few features have so little dz that
+/// blocks cost more (Zen 4: 10^6 x 3 → 2 lost 15 %, 10^5 x 8 → 8 gained 5).
+bool run_in_blocks(const RowsView& dy, const RowsView& y, const RowsView& x,
+                   const at::Tensor& weight, void* dx, void* dw, void* db) {
+  constexpr std::int64_t kFewFeatures = 16;
+  const DType dtype = dtype_of(weight);
+  if (dtype != DType::kBFloat16 || batch_invariant() || x.columns + dy.columns < kFewFeatures) {
+    return false;
+  }
+  const auto rows_of = [](const RowsView& view) {
+    return MlpBackward::Rows{view.data, view.row_stride, view.column_stride};
+  };
+  const MlpLayerBackward layer{.in_features = x.columns,
+                               .out_features = dy.columns,
+                               .activation = Activation::kSigmoid,
+                               .wants_before = true,
+                               .weight = weight.const_data_ptr(),
+                               .weight_stride_out = weight.stride(0),
+                               .weight_stride_in = weight.stride(1),
+                               .grad_weight = dw,
+                               .grad_bias = db};
+  return cpu::mlp_backward({.dtype = dtype,
+                            .rows = dy.rows,
+                            .grad_output = rows_of(dy),
+                            .output = rows_of(y),
+                            .input = rows_of(x),
+                            .layers = {&layer, 1},
+                            .grad_input = dx},
+                           at_parallel_for());
+}
+
 }  // namespace
 
 bool f32_is_strict() {
@@ -210,6 +242,7 @@ void dgrad_and_wgrad(const RowsView& dy, const OptionalRows& y, const OptionalRo
     if (device.is_cuda()) dz = gpu::form_a(wgrad.desc, wgrad.at, device);
   }
   if (device.is_cpu() && y.has_value() && dw != nullptr) {
+    if (run_in_blocks(dy, *y, *x, weight, dx, dw, db)) return;
     dz = form_dz(dy, *y, x->columns, dtype_of(weight));
     if (dz.defined()) {
       const RowsView rows{{}, dz.const_data_ptr(), dy.rows, dy.columns, dy.columns, 1};

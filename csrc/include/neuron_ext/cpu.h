@@ -73,7 +73,8 @@ void mlp_forward(const Mlp& mlp, const ParallelFor& parallel_for);
 
 /// All gradients of a stack, where a long batch is better taken through it in blocks of rows; else
 /// nothing is done, and the result is false: the layers' products are better called one by one.
-/// Bitwise the same for any ParallelFor. grad_input has the bits that those products give.
+/// Bitwise the same for any ParallelFor. grad_input has the bits that those products give, of bf16
+/// those that they give if the last layer's dz is formed, and so rounded, before them.
 bool mlp_backward(const MlpBackward& mlp, const ParallelFor& parallel_for);
 
 /// y[i] = f(x[i]) for i < n on the calling thread; strides in elements. An element's result depends
