@@ -144,13 +144,14 @@ consteval GemmKernel strips_pairs_kernel() {
   GemmKernel kernel = strips_kernel<VectorBf16>("gemm_strips_bf16_avx512_bf16", kIsa);
   kernel.accepts = is_long_in_pairs;
   kernel.kr = 2;
-  kernel.multiply_strip = multiply_strip<VectorPairs>;
-  kernel.careful_multiply_strip = multiply_strip<VectorPairs::Careful>;
+  kernel.strips = {multiply_strip<VectorPairs, float>, multiply_strip<VectorPairs::Careful, float>};
   kernel.lowest_exponents = VectorPairs::kLowestExponents;
   kernel.sum_strip = sum_strip<VectorPairs>;
   GemmFunctions functions = kernel.of(DType::kBFloat16);
   functions.stage_rows = stage_rows<VectorPairs, BFloat16>;
   functions.stage_columns = stage_columns<VectorPairs, BFloat16>;
+  functions.strips_to_d = {multiply_strip<VectorPairs, BFloat16>,
+                           multiply_strip<VectorPairs::Careful, BFloat16>};
   return for_bf16(kernel, functions);
 }
 

@@ -45,6 +45,7 @@ template <class V, class T>
 consteval GemmFunctions strip_functions() {
   return {.stage_rows = stage_rows<V, T>,
           .stage_columns = stage_columns<V, T>,
+          .strips_to_d = {multiply_strip<V, T>},
           .widen_bias = widen_bias<V, T>,
           .epilogue = epilogue<V, T>,
           .gradient_epilogue = gradient_epilogue<V, T>,
@@ -101,7 +102,7 @@ consteval GemmKernel strips_kernel(const char* name, Isa isa) {
           .accepts = is_long,
           .run = run_strips,
           .lanes = V::kLanes,
-          .multiply_strip = multiply_strip<V>,
+          .strips = {multiply_strip<V, Scalar<V>>},
           .sum_strip = sum_strip<V>,
           .functions = by_dtype<V>([]<class T> { return strip_functions<V, T>(); })};
 }

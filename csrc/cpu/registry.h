@@ -23,6 +23,17 @@ struct Operand {
 using PackPanel = int (*)(const Operand& operand, std::int64_t mn, std::int64_t count,
                           std::int64_t k, std::int64_t kc, void* panel);
 
+/// As multiply_strip in strips-inl.h.
+using StripKernel = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const void* a,
+                             std::int64_t a_stride_m, std::int64_t a_stride_k, const void* b,
+                             std::int64_t b_stride, const void* start, std::int64_t start_stride,
+                             void* tile, std::int64_t tile_stride);
+
+/// The second is for operands whose lowest exponents don't add up to the row's.
+struct StripKernels {
+  StripKernel multiply = nullptr, multiply_carefully = nullptr;
+};
+
 /// The functions of a row for one storage type; null where the row doesn't take it. Panels, tiles,
 /// rows, sums and bias rows are in the accumulator type. What each does is said at its definition.
 struct GemmFunctions {
@@ -38,6 +49,7 @@ struct GemmFunctions {
                     void* strip) = nullptr;
   int (*stage_columns)(const Operand& operand, std::int64_t mn, std::int64_t rows, std::int64_t k,
                        std::int64_t kc, void* strip) = nullptr;
+  StripKernels strips_to_d = {};  // whose results are rounded to the storage type
   // epilogue-inl.h
   void (*widen_bias)(const void* bias, std::int64_t stride, std::int64_t n, void* row);
   void (*epilogue)(Activation activation, std::int64_t rows, std::int64_t columns, const void* tile,
@@ -51,12 +63,6 @@ struct GemmFunctions {
 /// `depth` is the length of a panel: kc / kr, rounded up.
 using Microkernel = void (*)(std::int64_t rows, std::int64_t columns, std::int64_t depth,
                              const void* a, const void* b, void* tile, bool add);
-
-/// As multiply_strip in strips-inl.h.
-using StripKernel = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const void* a,
-                             std::int64_t a_stride_m, std::int64_t a_stride_k, const void* b,
-                             std::int64_t b_stride, const void* start, std::int64_t start_stride,
-                             void* tile, std::int64_t tile_stride);
 
 struct GemmKernel {
   const char* name;
@@ -87,8 +93,7 @@ struct GemmKernel {
   void (*sum_panel)(std::int64_t depth, const void* panel, void* sums) = nullptr;
   void (*sum_row)(std::int64_t k, const void* row, void* sum) = nullptr;
   // strips-inl.h
-  StripKernel multiply_strip = nullptr;
-  StripKernel careful_multiply_strip = nullptr;
+  StripKernels strips = {};
   void (*sum_strip)(std::int64_t rows, std::int64_t columns, const void* strip,
                     void* sums) = nullptr;
   std::array<GemmFunctions, kDTypeCount> functions;  // by DType

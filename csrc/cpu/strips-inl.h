@@ -76,12 +76,12 @@ int stage_columns(const Operand& operand, std::int64_t mn, std::int64_t rows, st
   });
 }
 
-/// tile[i][j] = start[i][j] + the sum over p < k of a[i, p] b[p][j], for kRows rows and kVectors
+/// tile[i][j] = T(start[i][j] + the sum over p < k of a[i, p] b[p][j]), for kRows rows and kVectors
 /// vectors of columns.
-template <class V, int kRows, int kVectors>
+template <class V, class T, int kRows, int kVectors>
 void strip_block(std::int64_t k, const Scalar<V>* a, std::int64_t a_stride_m,
                  std::int64_t a_stride_k, const Scalar<V>* b, std::int64_t b_stride,
-                 const Scalar<V>* start, std::int64_t start_stride, Scalar<V>* tile,
+                 const Scalar<V>* start, std::int64_t start_stride, T* tile,
                  std::int64_t tile_stride) {
   Reg<V> sum[kRows][kVectors] = {};
   for (std::int64_t p = 0; p < k; ++p) {
@@ -92,7 +92,10 @@ void strip_block(std::int64_t k, const Scalar<V>* a, std::int64_t a_stride_m,
       for (int v = 0; v < kVectors; ++v) sum[i][v] = V::multiply_add(a_ip, b_p[v], sum[i][v]);
     }
   }
+  // Unrolled by pragma, or rounding is too much for GCC, which then keeps the sums in memory.
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       store<V>(tile + i * tile_stride + v * V::kLanes,
                load<V>(start + i * start_stride + v * V::kLanes) + sum[i][v]);
@@ -103,19 +106,19 @@ void strip_block(std::int64_t k, const Scalar<V>* a, std::int64_t a_stride_m,
 /// The same for all m rows and n columns. Rows of the tile may overlap, in their last vectors,
 /// where those further down win: so rows go downwards, and the vectors of each few rows from the
 /// last one.
-template <class V>
+template <class V, class T>
 void multiply_strip(std::int64_t m, std::int64_t n, std::int64_t k, const void* a,
                     std::int64_t a_stride_m, std::int64_t a_stride_k, const void* b,
                     std::int64_t b_stride, const void* start, std::int64_t start_stride, void* tile,
                     std::int64_t tile_stride) {
   const auto *a_base = static_cast<const Scalar<V>*>(a), *b_base = static_cast<const Scalar<V>*>(b);
   const auto* from = static_cast<const Scalar<V>*>(start);
-  auto* to = static_cast<Scalar<V>*>(tile);
+  T* const to = static_cast<T*>(tile);
   const auto block = [&](std::int64_t i, auto rows, std::int64_t v, auto vectors) {
     const std::int64_t j = v * V::kLanes;
-    strip_block<V, rows.value, vectors.value>(k, a_base + i * a_stride_m, a_stride_m, a_stride_k,
-                                              b_base + j, b_stride, from + i * start_stride + j,
-                                              start_stride, to + i * tile_stride + j, tile_stride);
+    strip_block<V, T, rows.value, vectors.value>(
+        k, a_base + i * a_stride_m, a_stride_m, a_stride_k, b_base + j, b_stride,
+        from + i * start_stride + j, start_stride, to + i * tile_stride + j, tile_stride);
   };
   const std::int64_t all = (n + V::kLanes - 1) / V::kLanes;
   if (all == 1) {
