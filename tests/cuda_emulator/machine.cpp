@@ -142,19 +142,18 @@ bool arrive(Barrier& barrier, int id, int threads, bool waits, Site site) {
     fail("barrier %d: for %d threads at %s, for %d before", id, expected, describe(site).c_str(),
          barrier.expected);
   }
-  for (int other : barrier.arrived) {
-    if (other == thread.index) {
-      fail("barrier %d: thread %d arrives twice, at %s", id, other, describe(site).c_str());
+  for (const Barrier::Arrival& other : barrier.arrived) {
+    if (other.thread == thread.index) {
+      fail("barrier %d: thread %d arrives twice, at %s", id, other.thread, describe(site).c_str());
     }
-    const Thread& lane = *block.threads[other];
-    if (lane.warp == thread.warp && lane.site != site && describe(lane.site) != describe(site)) {
+    if (block.threads[other.thread]->warp == thread.warp && other.site != site &&
+        describe(other.site) != describe(site)) {
       fail("divergent barrier %d: at %s and %s in one warp", id, describe(site).c_str(),
-           describe(lane.site).c_str());
+           describe(other.site).c_str());
     }
   }
-  thread.site = site;
   barrier.expected = expected;
-  barrier.arrived.push_back(thread.index);
+  barrier.arrived.push_back({thread.index, site});
   if (waits) barrier.waiting.push_back(thread.index);
   if (kSeesAccesses) {
     join(barrier.clock, thread.clock);

@@ -130,9 +130,15 @@ struct Thread {
 };
 
 struct Barrier {
+  struct Arrival {
+    int thread;
+    Site site;
+  };
+
   int expected = 0;
-  std::vector<int> arrived, waiting;  // threads; all that wait have arrived
-  Clock clock;                        // what those who arrived had seen
+  std::vector<Arrival> arrived;
+  std::vector<int> waiting;  // threads, of those that arrived
+  Clock clock;               // what those who arrived had seen
   ForeignClocks foreign;
   bool all = true;  // of block_all's votes
 };
