@@ -180,7 +180,7 @@ def test_stacks_of_random_shapes_and_strides(kernels, dtype):
         inputs = [x, *outputs[:-1]]
         for i, (y, *of_layer) in enumerate(zip(outputs, inputs, weights, biases, strict=True)):
             assert_layer(y, *of_layer, applies_sigmoid=i + 1 < depth or activation == "sigmoid")
-        if dtype in (torch.float32, torch.float64):  # no approximations, which vary here
+        if dtype == torch.float64:  # no approximations, and one kernel, both of which vary here
             alone = kernels.mlp(x, weights, biases, activation, keeps_hidden=False)
             assert torch.equal(alone[-1], outputs[-1])
             assert all(hidden.isnan().all() for hidden in alone[:-1])

@@ -163,13 +163,13 @@ NEURON_EXT_DEVICE float exp2_approximate(float x) {
 #endif
 }
 
-/// 1 / x within 1 ULP, subnormals included.
+/// 1 / x within 1 ULP, where neither is subnormal.
 NEURON_EXT_DEVICE float reciprocal_approximate(float x) {
 #ifdef NEURON_EXT_CUDA_EMULATOR
   return emulator::approximate(1.0f / x, 1);
 #else
   float y;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
 }
