@@ -73,6 +73,11 @@ EXPECTED = tuple(
         ("gemm_sm90_f32_kernel<", ("sm_90a",), ("HGMMA", "UTMALDG", "SHFL.BFLY")),
         ("mlp_sm80_kernel<", ("sm_80", "sm_90a"), ("HMMA", "LDGSTS", "LDG.E.128", "STG.E.128")),
         ("mlp_sm80_kernel<neuron_ext::BFloat16, 128, true>", ("sm_80", "sm_90a"), ("SHFL.BFLY",)),
+        (
+            "mlp_sm90_f32_kernel<",
+            ("sm_90a",),
+            ("HGMMA", "LDG.E.128", "STG.E.128", "LDS.128", "FFMA"),
+        ),
         ("mlp_simt_kernel<Tile<float", ("sm_80", "sm_90a"), ("FFMA", "LDS.128", "STG.E.128")),
         ("mlp_simt_kernel<Tile<double", ("sm_80", "sm_90a"), ("DFMA", "LDS.128", "STG.E.128")),
         ("split_kernel<", ("sm_80", "sm_90a"), ("STG.E.128",)),

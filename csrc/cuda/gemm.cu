@@ -81,18 +81,14 @@ bool is_empty(const GemmDesc& desc) {
 
 std::vector<KernelInfo> kernels() {
   std::vector<KernelInfo> infos;
-  for (const GemmKernel* kernel : kKernels) {
-    infos.push_back({kernel->name,
-                     {kernel->dtypes.begin(), kernel->dtypes.end()},
-                     kernel->lowest_sm,
-                     kernel->highest_sm});
-  }
-  for (const MlpKernel* kernel : kMlpKernels) {  // on what gemm_simt runs on
-    infos.push_back({kernel->name,
-                     {kernel->dtypes.begin(), kernel->dtypes.end()},
-                     gemm_simt.lowest_sm,
-                     gemm_simt.highest_sm});
-  }
+  const auto add = [&](const auto& kernel) {
+    infos.push_back({kernel.name,
+                     {kernel.dtypes.begin(), kernel.dtypes.end()},
+                     kernel.lowest_sm,
+                     kernel.highest_sm});
+  };
+  for (const GemmKernel* kernel : kKernels) add(*kernel);
+  for (const MlpKernel* kernel : kMlpKernels) add(*kernel);
   return infos;
 }
 

@@ -21,6 +21,7 @@ struct Stack {
   const void* input;
   std::int64_t stride_row, stride_column;
   int depth, widest;  // layers; in or out features of them all
+  Precision precision;
   MlpLayer layers[kMostLayers];
 };
 static_assert(sizeof(Stack) <= 4096 - 64);
@@ -28,14 +29,17 @@ static_assert(sizeof(Stack) <= 4096 - 64);
 struct MlpKernel {
   const char* name;
   std::span<const DType> dtypes;
-  int sum_rows;  // whose outputs have a sum in Stack
+  int lowest_sm, highest_sm;
+  bool takes_strict;  // Precision::kStrict
+  int sum_rows;       // whose outputs have a sum in Stack
   /// Returns a cudaError_t.
   int (*run)(const Stack& stack, DType dtype, const Device& device, Stream stream);
 };
 
-extern const MlpKernel mlp_sm80;  // by tensor cores
+extern const MlpKernel mlp_sm90_f32;  // by tensor cores, from parts in bf16
+extern const MlpKernel mlp_sm80;      // by tensor cores: bf16 and f16
 extern const MlpKernel mlp_simt;  // by multiply-adds: the bits that gemm_simt gives layer by layer
 
-inline constexpr const MlpKernel* kMlpKernels[] = {&mlp_sm80, &mlp_simt};
+inline constexpr const MlpKernel* kMlpKernels[] = {&mlp_sm90_f32, &mlp_sm80, &mlp_simt};
 
 }  // namespace neuron_ext::cuda

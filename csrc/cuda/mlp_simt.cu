@@ -52,6 +52,12 @@ constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64};
 
 }  // namespace
 
-const MlpKernel mlp_simt = {"mlp_simt", kDTypes, kSumRows, run};
+const MlpKernel mlp_simt = {.name = "mlp_simt",
+                            .dtypes = kDTypes,
+                            .lowest_sm = kLowestSm,
+                            .highest_sm = 999,
+                            .takes_strict = true,
+                            .sum_rows = kSumRows,
+                            .run = run};
 
 }  // namespace neuron_ext::cuda

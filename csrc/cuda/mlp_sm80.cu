@@ -441,6 +441,12 @@ constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
 
 }  // namespace
 
-const MlpKernel mlp_sm80 = {"mlp_sm80", kDTypes, kRows, run};
+const MlpKernel mlp_sm80 = {.name = "mlp_sm80",
+                            .dtypes = kDTypes,
+                            .lowest_sm = kLowestSm,
+                            .highest_sm = 999,
+                            .takes_strict = true,
+                            .sum_rows = kRows,
+                            .run = run};
 
 }  // namespace neuron_ext::cuda

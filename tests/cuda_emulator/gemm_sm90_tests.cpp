@@ -195,14 +195,8 @@ void test_f32_exact_sums() {
   }
 }
 
-/// What products of parts leave out, and the sums: those of 64 k have as many terms for each
-/// product.
 double f32_error(Precision precision, std::int64_t k) {
-  const int products = precision == Precision::kHighest ? 6 : precision == Precision::kHigh ? 3 : 1;
-  const double parts = precision == Precision::kHighest ? 0x1.02p-23
-                       : precision == Precision::kHigh  ? 0x1.82p-15
-                                                        : 0x1.02p-7;
-  return parts + 0x1p-24 * static_cast<double>(64 * products + k / 64 + 4);
+  return testing::split_error(precision, k, 64);
 }
 
 void test_f32_random() {

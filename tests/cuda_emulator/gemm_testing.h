@@ -133,6 +133,16 @@ inline double sum_error(DType dtype, std::int64_t terms) {
   return eps * static_cast<double>(std::min<std::int64_t>(terms, 128) + terms / 128 + 4);
 }
 
+/// The same of f32 as products of bf16 parts: what they leave out, and sums of `together` k that
+/// have as many terms for each product, then those.
+inline double split_error(Precision precision, std::int64_t k, std::int64_t together) {
+  const int products = precision == Precision::kHighest ? 6 : precision == Precision::kHigh ? 3 : 1;
+  const double parts = precision == Precision::kHighest ? 0x1.02p-23
+                       : precision == Precision::kHigh  ? 0x1.82p-15
+                                                        : 0x1.02p-7;
+  return parts + 0x1p-24 * static_cast<double>(together * products + k / together + 4);
+}
+
 /// The sums of D's columns, of what D is: within what adding them up may be off by.
 inline void check_column_sums(const cuda::GemmKernel& kernel, const Product& product,
                               const Product::Result& result) {

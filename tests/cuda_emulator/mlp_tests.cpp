@@ -1,8 +1,11 @@
 // Tests of stacks of layers in one kernel, on the emulator: every layer against the f64 reference
 // of what it was given, and against what other ways to run it leave.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <iostream>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <sstream>
@@ -10,6 +13,7 @@
 #include <vector>
 
 #include "gemm_testing.h"
+#include "mlp_kernels.h"
 
 namespace {
 
@@ -56,12 +60,14 @@ class Stack {
     int turn = 0;
     Activation hidden = Activation::kSigmoid, last = Activation::kIdentity;
     Values saved = {};  // of hidden layers: then the stack is a backward's
+    Precision precision = Precision::kHighest;
   };
 
   Stack(DType dtype, std::int64_t rows, const Widths& widths, const Options& options,
         const Values& x, const Values& w, const Values& b)
       : input_(dtype, layout(options.turn), rows, widths[0], x) {
     mlp.dtype = dtype;
+    mlp.precision = options.precision;
     mlp.rows = rows;
     mlp.input = input_.base();
     mlp.input_stride_row = input_.host.stride_row;
@@ -197,12 +203,18 @@ class Stack {
     check(outputs, [&](double got, double exact, double magnitude, const MlpLayer& layer) {
       if (!std::isfinite(exact)) return std::isnan(exact) ? std::isnan(got) : got == exact;
       const double slope = layer.activation == Activation::kSigmoid ? 0.25 : 1;
+      const double relative =
+          is_split() ? testing::split_error(mlp.precision, layer.in_features, cuda::kWidestLayer)
+                     : sum_error(mlp.dtype, layer.in_features);
       // Where a sum is inf, so is its magnitude.
-      const double error = std::isfinite(magnitude)
-                               ? slope * sum_error(mlp.dtype, layer.in_features) * magnitude
-                               : 0;
+      const double error = std::isfinite(magnitude) ? slope * relative * magnitude : 0;
       return std::fabs(got - exact) <= error + 1.01 * roundings * spacing(mlp.dtype, exact);
     });
+  }
+
+  /// Whether mlp_sm90_f32 takes it, on GPUs that have it.
+  bool is_split() const {
+    return mlp.dtype == DType::kFloat32 && mlp.precision != Precision::kStrict;
   }
 
   /// Layer i by gemm_simt, from the outputs of the layers before it, between poisoned elements.
@@ -224,16 +236,16 @@ class Stack {
     return {d.data(), d.data() + d.size()};
   }
 
-  /// The first rows of an output of the last layer.
-  Bytes first_rows(const Bytes& output, std::int64_t rows) const {
-    const std::int64_t size = size_of(mlp.dtype);
-    const auto begin = output.begin() + kGuard * size;
-    return {begin, begin + rows * layers_.back().out_features * size};
+  /// Some rows of an output of the last layer.
+  Bytes rows_of(const Bytes& output, std::int64_t begin, std::int64_t end) const {
+    const std::int64_t row = layers_.back().out_features * size_of(mlp.dtype);
+    const auto first = output.begin() + kGuard * size_of(mlp.dtype);
+    return {first + begin * row, first + end * row};
   }
 
   std::string name() const {
     std::ostringstream text;
-    text << name_of(mlp.dtype) << ' ' << mlp.rows << " rows of";
+    text << name_of(mlp.dtype) << ' ' << name_of(mlp.precision) << ' ' << mlp.rows << " rows of";
     for (const MlpLayer& layer : layers_) text << ' ' << layer.in_features;
     text << ' ' << layers_.back().out_features << ", turn " << input_.host.stride_row;
     return text.str();
@@ -250,6 +262,9 @@ class Stack {
   std::vector<Operand> weights_, biases_, saved_;
   std::vector<MlpLayer> layers_;
 };
+
+constexpr Precision kPrecisions[] = {Precision::kHighest, Precision::kStrict, Precision::kHigh,
+                                     Precision::kMedium};
 
 /// At most two elements of a row that aren't 0, so that sums stay exact through many layers.
 double sparse(std::int64_t i, std::int64_t j) {
@@ -272,13 +287,17 @@ void test_exact_sums() {
           continue;
         }
         change_settings();
-        Stack stack(dtype, rows, widths, {turn++, Activation::kIdentity}, integer, sparse, integer);
+        const Precision precision = kPrecisions[turn % std::size(kPrecisions)];
+        Stack stack(dtype, rows, widths,
+                    {.turn = turn++, .hidden = Activation::kIdentity, .precision = precision},
+                    integer, sparse, integer);
         const std::vector<Bytes> outputs = stack.run(true, {90, 1});
         stack.check_exact(outputs);
         change_settings();
         CHECK(stack.run(false).front() == outputs.back(), stack.name() << ", only the output");
-        Stack gradients(dtype, rows, widths, {.turn = turn, .saved = testing::exact_saved}, integer,
-                        sparse, integer);
+        Stack gradients(dtype, rows, widths,
+                        {.turn = turn, .saved = testing::exact_saved, .precision = precision},
+                        integer, sparse, integer);
         gradients.check_exact(gradients.run(true, {90, 1}));
       }
     }
@@ -313,7 +332,8 @@ void test_random(DType dtype, const Widths& widths, const Stack::Options& option
   const std::vector<Bytes> outputs = stack.run(true);
   stack.check_close(outputs);
   const auto hidden = static_cast<std::ptrdiff_t>(widths.size()) - 2;
-  for (const cuda::Device device : {cuda::Device{90, 1}, {90, 132}, {86, 3}}) {
+  const int other_sm = stack.is_split() ? 90 : 86;
+  for (const cuda::Device device : {cuda::Device{90, 1}, {90, 132}, {other_sm, 3}}) {
     settings() = {.order = device.sm_count == 1 ? Order::kReverse : Order::kShuffled,
                   .late_copies = device.sm_count == 3};
     CHECK(stack.run(true, device) == outputs, stack.name() << ", sm_" << device.sm);
@@ -321,10 +341,10 @@ void test_random(DType dtype, const Widths& widths, const Stack::Options& option
     CHECK(std::equal(last.begin(), last.end(), outputs.begin() + hidden), stack.name());
   }
   Stack small(dtype, 7, widths, options, x, random_weight, x);
-  CHECK(small.first_rows(small.run(false).front(), 7) ==
-            stack.first_rows(outputs[widths.size() - 2], 7),
+  CHECK(small.rows_of(small.run(false).front(), 0, 7) ==
+            stack.rows_of(outputs[widths.size() - 2], 0, 7),
         small.name());
-  if (size_of(dtype) == 2) return;
+  if (size_of(dtype) == 2 || stack.is_split()) return;
   for (std::size_t i = 0; i + 1 < widths.size(); ++i) {
     CHECK(stack.run_simt(i, outputs) == outputs[i], stack.name() << ", layer " << i);
   }
@@ -336,9 +356,13 @@ void test_random() {
     for (const Widths& widths :
          {Widths{64, 64, 64, 64, 64}, {100, 128, 120, 96, 10}, {24, 128, 8}}) {
       if (dtype == DType::kFloat64 && widths[1] > 64) continue;  // by layers
-      const Activation last = turn % 2 == 0 ? Activation::kSigmoid : Activation::kIdentity;
-      test_random(dtype, widths, {6 * turn, Activation::kSigmoid, last});
-      test_random(dtype, widths, {.turn = 6 * turn++, .saved = random_saved});
+      for (const Precision precision : kPrecisions) {
+        if (dtype != DType::kFloat32 && precision != Precision::kHighest) continue;
+        const Activation last = turn % 2 == 0 ? Activation::kSigmoid : Activation::kIdentity;
+        test_random(dtype, widths, {.turn = 6 * turn, .last = last, .precision = precision});
+        test_random(dtype, widths,
+                    {.turn = 6 * turn++, .saved = random_saved, .precision = precision});
+      }
     }
   }
 }
@@ -394,6 +418,62 @@ void test_many_rows() {
   }
 }
 
+/// Where a row's values don't split into parts, those of an input or of a hidden layer, its tile of
+/// 128 goes by multiply-adds, and no other; where a weight doesn't, all do.
+void test_unsplit_values() {
+  constexpr std::int64_t kRows = 300, kRow = 130, kBegin = 128, kEnd = 256;
+  const auto x_with = [](double value) {
+    return [value](std::int64_t i, std::int64_t j) {
+      return random_weight(i % kMost, j) * (i == kRow ? value : 1);
+    };
+  };
+  const auto saved_with = [](double value) {
+    return [value](std::int64_t i, std::int64_t j) {
+      return random_saved(i % kMost, j) * (i == kRow ? value : 1);
+    };
+  };
+  const auto w_with = [](double value) {
+    return [value](std::int64_t i, std::int64_t j) {
+      return random_weight(i, j) * (i == 1 && j == 2 ? value : 1);
+    };
+  };
+  struct Case {
+    Values x, w, saved;
+    bool is_weight = false;
+  };
+  const Case usual{x_with(1), w_with(1), {}}, usual_backward{x_with(1), w_with(1), saved_with(1)};
+  std::vector<Case> cases;
+  for (const double value : {std::numeric_limits<double>::infinity(), std::nan(""), 1e25, 1e-32}) {
+    cases.push_back({x_with(value), w_with(1), {}});
+    cases.push_back({x_with(1), w_with(value), {}, true});
+  }
+  cases.push_back({x_with(1), w_with(1), saved_with(1e-32)});
+  for (const Precision precision : kPrecisions) {
+    if (precision == Precision::kStrict) continue;
+    for (const Case& special : cases) {
+      settings() = {};
+      /// The rows of the special one's tile, those before and those after.
+      const auto run = [&](Precision by, const Case& given) {
+        Stack stack(DType::kFloat32, kRows, {20, 33, 70, 9},
+                    {.turn = 6, .saved = given.saved, .precision = by}, given.x, given.w,
+                    random_weight);
+        const std::vector<Bytes> outputs = stack.run(true, {90, 1});
+        if (given.saved) stack.check_sums(outputs);
+        const Bytes& output = outputs[2];
+        return std::array{stack.rows_of(output, kBegin, kEnd), stack.rows_of(output, 0, kBegin),
+                          stack.rows_of(output, kEnd, kRows)};
+      };
+      const auto got = run(precision, special);
+      auto expected = run(Precision::kStrict, special);
+      if (!special.is_weight) {
+        const auto others = run(precision, special.saved ? usual_backward : usual);
+        std::copy(others.begin() + 1, others.end(), expected.begin() + 1);
+      }
+      CHECK(got == expected, name_of(precision) << ", case " << &special - cases.data());
+    }
+  }
+}
+
 /// Nothing but sums, which are 0.
 void test_no_rows() {
   Stack stack(DType::kFloat32, 0, {4, 5, 3}, {.saved = testing::exact_saved}, integer, integer,
@@ -409,6 +489,7 @@ int main() {
   test_steps();
   test_special_values();
   test_many_rows();
+  test_unsplit_values();
   test_no_rows();
   if (failures > 0) std::cerr << failures << " checks failed\n";
   return failures == 0 ? 0 : 1;
