@@ -104,27 +104,25 @@ Form form_of(const GemmDesc& desc) {
   return Form::kBlocked;
 }
 
-bool is_any(const GemmDesc&) { return true; }
-bool is_narrow(const GemmDesc& desc) {
-  const Form form = form_of(desc);
+bool is_any(const GemmDesc&, Form) { return true; }
+bool is_narrow(const GemmDesc&, Form form) {
   return form == Form::kFewRows || form == Form::kFewColumns;
 }
-bool is_streamed(const GemmDesc& desc) {
+bool is_streamed(const GemmDesc& desc, Form form) {
   // With more of them a matrix engine makes up for packing.
   const std::int64_t few = desc.dtype == DType::kBFloat16 ? 16 : 32;
-  return is_narrow(desc) && std::min(desc.deciding_m(), desc.n) <= few;
+  return is_narrow(desc, form) && std::min(desc.deciding_m(), desc.n) <= few;
 }
-bool is_long(const GemmDesc& desc) {
-  const Form form = form_of(desc);
+bool is_long(const GemmDesc&, Form form) {
   return form == Form::kLongColumn || form == Form::kLongRows || form == Form::kLongSums;
 }
 
-bool is_long_in_pairs(const GemmDesc& desc) {
+bool is_long_in_pairs(const GemmDesc& desc, Form form) {
   // Two k in a place gain where A's rows lie there in pairs. Else, putting them together pays from
   // so many multiply-adds on: for a row of D (Zen 4: 640 lose, 832 gain), or for a k of sums, where
   // both operands' rows are interleaved.
   constexpr std::int64_t kWideRow = 768, kWideSum = 256;
-  switch (form_of(desc)) {
+  switch (form) {
     case Form::kLongRows:
       return (desc.k % 2 == 0 && desc.a_stride_k == 1) || desc.n * desc.k >= kWideRow;
     case Form::kLongSums:

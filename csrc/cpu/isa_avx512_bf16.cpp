@@ -105,9 +105,9 @@ consteval GemmKernel pairs_kernel() {
 
 /// What is lost by rounding while packing is gained from 64 k on (Zen 4); long batches of few
 /// features would pack panels that are mostly empty.
-bool is_medium(const GemmDesc& desc) {
-  return desc.precision == Precision::kMedium && desc.k >= 64 && !is_streamed(desc) &&
-         !is_long(desc);
+bool is_medium(const GemmDesc& desc, Form form) {
+  return desc.precision == Precision::kMedium && desc.k >= 64 && !is_streamed(desc, form) &&
+         !is_long(desc, form);
 }
 
 constexpr GemmKernel kCareful = blocked_kernel<VectorF32, kCarefulMr>("f32", kIsa);

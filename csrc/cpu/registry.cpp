@@ -24,12 +24,11 @@ std::span<const IsaKernels> all_kernels() {
 template <class F>
 const GemmKernel& first_gemm(const GemmDesc& desc, const F& suits) {
   const Isa active = active_isa();
+  const Form form = form_of(desc);
   for (const IsaKernels& of_isa : all_kernels()) {
+    if (of_isa.gemm.front().isa > active) continue;
     for (const GemmKernel& kernel : of_isa.gemm) {
-      if (kernel.isa <= active && kernel.takes(desc.dtype) && kernel.accepts(desc) &&
-          suits(kernel)) {
-        return kernel;
-      }
+      if (kernel.takes(desc.dtype) && kernel.accepts(desc, form) && suits(kernel)) return kernel;
     }
   }
   throw std::logic_error("the portable rows accept every product");

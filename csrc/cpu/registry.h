@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 
+#include "forms.h"
 #include "neuron_ext/cpu.h"
 
 namespace neuron_ext::cpu {
@@ -67,7 +68,7 @@ using Microkernel = void (*)(std::int64_t rows, std::int64_t columns, std::int64
 struct GemmKernel {
   const char* name;
   Isa isa;
-  bool (*accepts)(const GemmDesc& desc);
+  bool (*accepts)(const GemmDesc& desc, Form form);
   void (*run)(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
               const ParallelFor& parallel_for);  // a driver
 
@@ -133,11 +134,11 @@ void run_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointe
                 const ParallelFor& parallel_for);
 void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                  const ParallelFor& parallel_for);
-bool is_long(const GemmDesc& desc);
-bool is_long_in_pairs(const GemmDesc& desc);
-bool is_narrow(const GemmDesc& desc);
-bool is_streamed(const GemmDesc& desc);
-bool is_any(const GemmDesc& desc);
+bool is_long(const GemmDesc& desc, Form form);
+bool is_long_in_pairs(const GemmDesc& desc, Form form);
+bool is_narrow(const GemmDesc& desc, Form form);
+bool is_streamed(const GemmDesc& desc, Form form);
+bool is_any(const GemmDesc& desc, Form form);
 
 IsaKernels portable_kernels();
 #if defined(__x86_64__)

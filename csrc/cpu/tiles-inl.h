@@ -208,23 +208,24 @@ void multiply_panels(std::int64_t rows, std::int64_t columns, std::int64_t steps
 /// Whether the engine makes up for the zeros that fill its tiles, and for taking several products
 /// for one. It does kGain multiply-adds in the time of one of the vectors'.
 template <class Products, int kGain>
-bool fills_tiles(const GemmDesc& desc) {
+bool fills_tiles(const GemmDesc& desc, Form form) {
   const auto filled = [](std::int64_t count, int whole) {
     const std::int64_t tiles = (count + whole - 1) / whole;
     return tiles == 0 ? 1 : static_cast<double>(count) / static_cast<double>(tiles * whole);
   };
-  return !is_streamed(desc) && filled(desc.deciding_m(), kTileRows) * filled(desc.n, kTileRows) *
-                                       filled(desc.k, kTileK) * kGain >=
-                                   static_cast<double>(kProducts<Products>);
+  return !is_streamed(desc, form) && filled(desc.deciding_m(), kTileRows) *
+                                             filled(desc.n, kTileRows) * filled(desc.k, kTileK) *
+                                             kGain >=
+                                         static_cast<double>(kProducts<Products>);
 }
 
 template <class Products, int kGain, Precision kPrecision>
-bool fills_tiles_at(const GemmDesc& desc) {
-  return desc.precision == kPrecision && fills_tiles<Products, kGain>(desc);
+bool fills_tiles_at(const GemmDesc& desc, Form form) {
+  return desc.precision == kPrecision && fills_tiles<Products, kGain>(desc, form);
 }
 
 template <class V, class Tiles, class T, DType kDType, class Products>
-consteval GemmKernel tiles_kernel(const char* name, bool (*accepts)(const GemmDesc&),
+consteval GemmKernel tiles_kernel(const char* name, bool (*accepts)(const GemmDesc&, Form),
                                   const GemmKernel* careful) {
   GemmFunctions functions = careful->of(kDType);
   functions.pack_a = pack_tiles<V, T, Products, true>;

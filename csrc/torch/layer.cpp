@@ -193,8 +193,8 @@ void fprop(Activation f, const RowsView& x, const at::Tensor& weight, const at::
   Product product;
   product.set_a(x);
   product.set_whole_batch();
-  product.set_b_and_d(weight.const_data_ptr(), weight.size(0), weight.stride(1), weight.stride(0),
-                      y);
+  const auto strides = weight.strides();
+  product.set_b_and_d(weight.const_data_ptr(), weight.sizes()[0], strides[1], strides[0], y);
   product.desc.epilogue = f;
   if (bias.defined()) {
     product.desc.has_bias = true;
@@ -212,8 +212,8 @@ void dgrad(const RowsView& dy, const OptionalRows& y, const at::Tensor& weight, 
   Product product;
   product.set_a(dy, y);
   product.set_whole_batch();
-  product.set_b_and_d(weight.const_data_ptr(), weight.size(1), weight.stride(0), weight.stride(1),
-                      dx);
+  const auto strides = weight.strides();
+  product.set_b_and_d(weight.const_data_ptr(), weight.sizes()[1], strides[0], strides[1], dx);
   if (x.has_value()) product.set_epilogue_gradient(*x);
   product.set_dtype(dtype_of(weight), weight.device());
   product.run(weight.device());

@@ -27,7 +27,7 @@ Precision precision_for(DType dtype, double work, c10::Device device = at::kCPU)
 
 /// The step from column to column of a bias that kernels take; 0 where one value is for all.
 inline std::int64_t bias_stride(const at::Tensor& bias) {
-  return bias.dim() == 0 || bias.size(-1) == 1 ? 0 : bias.stride(-1);
+  return bias.dim() == 0 || bias.sizes().back() == 1 ? 0 : bias.strides().back();
 }
 
 /// y = f(x Wᵀ + b), y contiguous. `is_constant`: no gradient is in view, so that the weight may be

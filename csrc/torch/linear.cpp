@@ -108,7 +108,7 @@ bool kernels_take_backward(const Tensor& grad_output, const Tensor& input, const
 /// Of arguments that were checked.
 template <Activation f>
 Tensor compute_layer(const Tensor& input, const Tensor& weight, const Tensor& bias) {
-  Tensor output = empty_rows(input, weight.size(0));
+  Tensor output = empty_rows(input, weight.sizes()[0]);
   fprop(f, as_rows(input), weight, bias, output.mutable_data_ptr(),
         !needs_node(input, weight, bias));
   return output;

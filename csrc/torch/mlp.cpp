@@ -57,28 +57,20 @@ bool kernels_take_stack(const Tensor& input, TensorList weights, TensorList bias
   return true;
 }
 
-/// Whether the layers plainly fit the input and each other: a look at plain sizes, where
-/// check_layers asks symbolic ones and makes words, which would cost a tiny stack a microsecond.
-bool layers_fit(const Tensor& input, TensorList weights, TensorList biases) {
-  const auto is_plain = [](const Tensor& t) {
-    return !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-  };
-  if (!is_plain(input) || input.dim() == 0) return false;
+/// Whether the layers plainly fit the input and each other.
+bool stack_fits_plainly(const Tensor& input, TensorList weights, TensorList biases) {
+  if (!has_plain_sizes(input) || input.dim() == 0) return false;
   std::int64_t features = input.sizes().back();
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor &weight = weights[i], &bias = biases[i];
-    if (!is_plain(weight) || weight.size(1) != features) return false;
-    features = weight.size(0);
-    if (bias.defined() && !(is_plain(bias) && bias.dim() == 1 && bias.size(0) == features)) {
-      return false;
-    }
+    if (!fits_plainly(features, weights[i], biases[i])) return false;
+    features = weights[i].sizes()[0];
   }
   return true;
 }
 
 /// Raises unless the layers' shapes agree with the input's and with each other.
 void check_layers(const Tensor& input, TensorList weights, TensorList biases) {
-  if (layers_fit(input, weights, biases)) return;
+  if (stack_fits_plainly(input, weights, biases)) return;
   check_layer({"mlp", 0}, input, weights[0], biases[0]);
   for (size_t i = 1; i < weights.size(); ++i) {
     const auto out_features = weights[i - 1].sym_size(0), in_features = weights[i].sym_size(1);
@@ -184,12 +176,13 @@ Tensor run_stack(const Tensor& input, TensorList weights, TensorList biases,
     const Tensor& weight = weights[i];
     MlpLayer& layer = layers[i];
     elements += weight.numel();
-    layer.in_features = weight.size(1);
-    layer.out_features = weight.size(0);
+    const auto sizes = weight.sizes(), strides = weight.strides();
+    layer.in_features = sizes[1];
+    layer.out_features = sizes[0];
     layer.activation = activation_of(i, depth, output_activation);
     layer.weight = weight.const_data_ptr();
-    layer.weight_stride_out = weight.stride(0);
-    layer.weight_stride_in = weight.stride(1);
+    layer.weight_stride_out = strides[0];
+    layer.weight_stride_in = strides[1];
     if (biases[i].defined()) {
       layer.bias = biases[i].const_data_ptr();
       layer.bias_stride = bias_stride(biases[i]);
@@ -505,6 +498,7 @@ std::vector<Tensor> mlp_backward_kernels(const Backward& call) {
   std::vector<Tensor> grads =
       call.grad_output.is_cuda() ? run_stack_backward(call) : run_cpu_backward(call);
   std::vector<Tensor> wanted;
+  wanted.reserve(grads.size());
   for (Tensor& grad : grads) {
     if (grad.defined()) wanted.push_back(std::move(grad));
   }

@@ -39,7 +39,11 @@ class OperationNode final : public torch::autograd::Node {
 
   std::vector<c10::SymInt> sizes;  // what the gradients depend on beside tensors
 
-  explicit OperationNode(size_t inputs) { next_edges_.reserve(inputs); }
+  /// No operation saves many more tensors than it has inputs.
+  explicit OperationNode(size_t inputs) {
+    next_edges_.reserve(inputs);
+    saved_.reserve(inputs);
+  }
 
   void add_input(const at::Tensor& t) {
     add_next_edge(t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge());

@@ -51,6 +51,10 @@ std::ostream& operator<<(std::ostream& out, const Where& where) {
 
 void check_layer(const Where& where, const at::Tensor& input, const at::Tensor& weight,
                  const at::Tensor& bias) {
+  if (has_plain_sizes(input) && input.dim() >= 1 &&
+      fits_plainly(input.sizes().back(), weight, bias)) {
+    return;
+  }
   TORCH_CHECK(input.dim() >= 1, where, ": input has shape (), expected (*, in_features)");
   TORCH_CHECK(weight.dim() == 1 || weight.dim() == 2, where, ": weight has shape ",
               shape_of(weight), ", expected (out_features, in_features)");

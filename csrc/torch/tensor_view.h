@@ -33,16 +33,17 @@ inline bool has_kernels(c10::Device device) {
   return device.is_cpu() || device.is_meta();
 }
 
+inline bool is_dense(const at::Tensor& t) { return t.layout() == at::kStrided && !t.is_nested(); }
+
 /// Dense, of a kernel's dtype, and on a device with kernels.
 inline bool is_kernel_tensor(const at::Tensor& t) {
-  return is_kernel_dtype(t.scalar_type()) && t.layout() == at::kStrided && !t.is_nested() &&
-         has_kernels(t.device());
+  return is_kernel_dtype(t.scalar_type()) && is_dense(t) && has_kernels(t.device());
 }
 
-/// A tensor that kernels take together with `first`, or no tensor at all.
+/// A tensor that kernels take together with `first`, which they take, or no tensor at all.
 inline bool goes_with(const at::Tensor& first, const at::Tensor& t) {
-  return !t.defined() || (is_kernel_tensor(t) && t.scalar_type() == first.scalar_type() &&
-                          t.device() == first.device());
+  return !t.defined() ||
+         (t.scalar_type() == first.scalar_type() && is_dense(t) && t.device() == first.device());
 }
 
 /// Undefined for both kinds of nothing, so that callers ask one question.
@@ -98,6 +99,22 @@ inline bool same_number(const c10::SymInt& a, const c10::SymInt& b) {
 /// Whether two sizes are the same, which a compiler may rely on from there on.
 inline bool same_size(const c10::SymInt& a, const c10::SymInt& b) {
   return same_number(a, b) || a.sym_eq(b).expect_true(__FILE__, __LINE__);
+}
+
+/// Whether the sizes are plain numbers.
+inline bool has_plain_sizes(const at::Tensor& t) {
+  return !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+}
+
+/// Whether a layer plainly fits its input: a look at plain sizes, where the checks below ask
+/// symbolic ones, which would cost one neuron a tenth of its time.
+inline bool fits_plainly(std::int64_t in_features, const at::Tensor& weight,
+                         const at::Tensor& bias) {
+  if (!has_plain_sizes(weight) || weight.dim() != 2 || weight.sizes()[1] != in_features) {
+    return false;
+  }
+  return !bias.defined() ||
+         (has_plain_sizes(bias) && bias.dim() == 1 && bias.sizes()[0] == weight.sizes()[0]);
 }
 
 /// What an error is about: "linear", or "mlp, layer 2".

@@ -499,7 +499,8 @@ void test_choice() {
   const auto chosen = [&](Precision precision, std::int64_t m, std::int64_t n, std::int64_t k) {
     desc.m = m, desc.n = n, desc.k = k, desc.precision = precision;
     for (const GemmKernel& kernel : kTileRowsOfTable) {
-      if (kernel.takes(desc.dtype) && kernel.accepts(desc)) return std::string(kernel.name);
+      if (kernel.takes(desc.dtype) && kernel.accepts(desc, form_of(desc)))
+        return std::string(kernel.name);
     }
     return std::string();
   };
