@@ -146,9 +146,12 @@ def _plain_layers(
         ):
             return None
         if expected is Linear:
-            weight, bias = _parameters(child)
-            weights.append(weight)
-            biases.append(bias)
+            parameters = state["_parameters"]
+            try:
+                weights.append(parameters["weight"])
+                biases.append(parameters["bias"])
+            except KeyError:
+                return None
             expected = Sigmoid
         else:
             expected = Linear
