@@ -34,7 +34,7 @@ _OUTPUT = Path("build")
 _EPILOG = """\
 examples:
   python -m benchmarks --quick                          under a minute
-  python -m benchmarks                                  everything, about 35 minutes on 4 cores
+  python -m benchmarks                                  everything, half an hour on 4 cores
   python -m benchmarks --cases 'square/*' --dtypes f32 --threads 1 --no-compile
   python -m benchmarks --device cuda --no-compile       on a GPU
   python -m benchmarks accuracy                         errors beside torch's
