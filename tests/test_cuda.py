@@ -166,7 +166,9 @@ def test_every_layout(dtype: torch.dtype) -> None:
 @needs_gpu
 @cases.each_dtype
 @pytest.mark.parametrize(
-    "features", [(4, 5, 7, 3), (64,) * 5, (784, 128, 64, 10), (128,) * 9], ids=str
+    "features",
+    [(4, 5, 7, 3), (64,) * 5, (784, 128, 64, 10), (128,) * 9],
+    ids=lambda features: "-".join(map(str, features)),
 )
 def test_stack_and_gradients(features: tuple[int, ...], dtype: torch.dtype) -> None:
     """Against the layers one by one, whose rounding may differ in each."""

@@ -39,6 +39,7 @@ RECIPE: dict[str, Any] = runpy.run_path(str(ROOT / "neuron_ext" / "_extension.py
 SMALL = (
     "test_whole_numbers_are_exact_at_every_edge and (float32 or bfloat16) or test_every_layout"
     " or test_layer_and_gradients and several and (float32 or bfloat16)"
+    " or test_stack_and_gradients and (4-5-7-3 or 64-64-64-64-64) and (float32 or bfloat16)"
 )
 
 
