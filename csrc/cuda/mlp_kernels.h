@@ -1,6 +1,7 @@
 // The kernels that take stacks of narrow layers as a whole. Host code only.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
@@ -25,6 +26,19 @@ struct Stack {
   MlpLayer layers[kMostLayers];
 };
 static_assert(sizeof(Stack) <= 4096 - 64);
+
+/// Whether layers multiply by the gradients of saved outputs.
+inline bool has_gradients(const Stack& stack) {
+  return std::any_of(stack.layers, stack.layers + stack.depth,
+                     [](const MlpLayer& layer) { return layer.saved != nullptr; });
+}
+
+/// What the tensor cores' kernels get.
+struct StackLaunch {
+  Stack stack;
+  int tiles;         // of a kernel's rows: in an int, since there is no memory for 2^36 rows
+  bool is_resident;  // all weights are in shared memory
+};
 
 struct MlpKernel {
   const char* name;

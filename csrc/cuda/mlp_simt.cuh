@@ -209,14 +209,7 @@ NEURON_EXT_DEVICE void run_layer(T& tile, const MlpLayer& layer, int index, std:
       }
       if (layer.output == nullptr || !is_inside) continue;
       S* const at = static_cast<S*>(layer.output) + i * out + j;
-      if (output_is_whole) {
-        ptx::store_16_bytes(at, y.vectors[0]);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kVector; ++e) {
-          if (j + e < out) at[e] = y.elements[e];
-        }
-      }
+      store_vector(at, Vector<S>{y.vectors[0]}, output_is_whole, out - j);
     }
   }
 }

@@ -57,12 +57,6 @@ struct Parameters {
   }
 };
 
-struct Launch {
-  Stack stack;
-  int tiles;         // of kRows: in an int, since there is no memory for 2^36 rows
-  bool is_resident;  // all weights are in shared memory
-};
-
 struct Matrix {
   const void* base;
   std::int64_t rows, columns, stride_row, stride_column;
@@ -168,15 +162,8 @@ NEURON_EXT_DEVICE void store(const Span& span, int s, const MlpLayer& layer, int
     Vector<T> vector;
 #pragma unroll
     for (int j = 0; j < 4; ++j) vector.bytes.words[j] = span[r / 2][j / 2][r % 2 + j % 2 * 2];
-    T* const at = static_cast<T*>(layer.output) + row * out + column;
-    if (is_whole) {
-      ptx::store_16_bytes(at, vector.bytes);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kNeighbours; ++e) {
-        if (column + e < out) at[e] = vector.elements[e];
-      }
-    }
+    store_vector(static_cast<T*>(layer.output) + row * out + column, vector, is_whole,
+                 out - column);
   }
 }
 
@@ -347,7 +334,7 @@ NEURON_EXT_DEVICE void store_column_sums(const Rows<kWidth>& rows, const MlpLaye
 /// kGradients: layers may have saved outputs, and have no activations.
 template <class T, int kWidth, bool kGradients>
 __global__ void __launch_bounds__(kThreads<kWidth>, 1)
-    mlp_sm80_kernel(const __grid_constant__ Launch launch) {
+    mlp_sm80_kernel(const __grid_constant__ StackLaunch launch) {
   const Stack& stack = launch.stack;
   auto* const parameters = &ptx::dynamic_shared<Parameters<T, kWidth>>();
   const int warp = static_cast<int>(threadIdx.x) / ptx::kWarp;
@@ -413,14 +400,11 @@ template <class T, int kWidth>
 int run_as(const Stack& stack, const Device& device, Stream stream) {
   constexpr std::size_t kLayer = sizeof(Parameters<T, kWidth>);
   const std::size_t all = kLayer * static_cast<std::size_t>(stack.depth);
-  const Launch launch{stack, static_cast<int>((stack.rows + kRows - 1) / kRows),
-                      all <= shared_bytes(device)};
+  const StackLaunch launch{stack, static_cast<int>((stack.rows + kRows - 1) / kRows),
+                           all <= shared_bytes(device)};
   const auto blocks = static_cast<unsigned>(std::min(launch.tiles, device.sm_count));
-  const bool has_gradients =
-      std::any_of(stack.layers, stack.layers + stack.depth,
-                  [](const MlpLayer& layer) { return layer.saved != nullptr; });
   const auto kernel =
-      has_gradients ? mlp_sm80_kernel<T, kWidth, true> : mlp_sm80_kernel<T, kWidth, false>;
+      has_gradients(stack) ? mlp_sm80_kernel<T, kWidth, true> : mlp_sm80_kernel<T, kWidth, false>;
   return ptx::launch(kernel,
                      {dim3(blocks), dim3(kThreads<kWidth>), launch.is_resident ? all : 2 * kLayer},
                      stream, launch);

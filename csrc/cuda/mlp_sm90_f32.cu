@@ -59,12 +59,6 @@ using Piece = Vector<float>[2];
 template <int kWidth, int kParts>
 using Rows = std::uint32_t[kWidth / kPiece][kParts][4];
 
-struct Launch {
-  Stack stack;
-  int tiles;         // of kRows: in an int, since there is no memory for 2^38 rows
-  bool is_resident;  // all weights are in shared memory
-};
-
 struct Matrix {
   const void* base;
   std::int64_t rows, columns, stride_row, stride_column;
@@ -101,15 +95,8 @@ struct Matrix {
   for (int r = 0; r < 2; ++r) {
     const std::int64_t i = row + 8 * r;
     if (i >= count || column >= out) continue;
-    float* const at = static_cast<float*>(layer.output) + i * out + column;
-    if (is_whole) {
-      ptx::store_16_bytes(at, piece[r].bytes);
-    } else {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (column + e < out) at[e] = piece[r].elements[e];
-      }
-    }
+    store_vector(static_cast<float*>(layer.output) + i * out + column, piece[r], is_whole,
+                 out - column);
   }
 }
 
@@ -333,7 +320,7 @@ NEURON_EXT_DEVICE bool finish(const float (&sums)[kWidth / 2], const float* bias
 /// kGradients: layers may have saved outputs, and have no activations.
 template <int kWidth, int kParts, bool kGradients>
 __global__ void __launch_bounds__(kThreads, kBlocks<kWidth>)
-    mlp_sm90_f32_kernel(const __grid_constant__ Launch launch) {
+    mlp_sm90_f32_kernel(const __grid_constant__ StackLaunch launch) {
 #if NEURON_EXT_HAS_SM90A
   constexpr int kFirstTurn = 1;  // the barrier at which warpgroup 0 waits for its turn
   NEURON_EXT_SHARED(float, biases, [kMostLayers][kWidth]);
@@ -411,17 +398,14 @@ int run_as(const Stack& stack, const Device& device, Stream stream) {
   constexpr std::size_t kStatic =
       sizeof(float) * kMostLayers * kWidth + 2 * sizeof(std::uint32_t) * kWarps;
   const std::size_t all = sizeof(Weight<kWidth, kParts>) * static_cast<std::size_t>(stack.depth);
-  const Launch launch{stack, static_cast<int>((stack.rows + kRows - 1) / kRows),
-                      kStatic + all <= kBlockMost};
+  const StackLaunch launch{stack, static_cast<int>((stack.rows + kRows - 1) / kRows),
+                           kStatic + all <= kBlockMost};
   const std::size_t shared = std::max(launch.is_resident ? all : 2 * sizeof(Weight<kWidth, kParts>),
                                       sizeof(Tile<float, kWidth, true>));
   const auto blocks =
       std::min<int>(kBlocks<kWidth>, kMultiprocessor / (kStatic + shared + kReserved));
-  const bool has_gradients =
-      std::any_of(stack.layers, stack.layers + stack.depth,
-                  [](const MlpLayer& layer) { return layer.saved != nullptr; });
-  const auto kernel = has_gradients ? mlp_sm90_f32_kernel<kWidth, kParts, true>
-                                    : mlp_sm90_f32_kernel<kWidth, kParts, false>;
+  const auto kernel = has_gradients(stack) ? mlp_sm90_f32_kernel<kWidth, kParts, true>
+                                           : mlp_sm90_f32_kernel<kWidth, kParts, false>;
   const auto grid = static_cast<unsigned>(std::min(launch.tiles, blocks * device.sm_count));
   return ptx::launch(kernel, {dim3(grid), dim3(kThreads), shared}, stream, launch);
 }

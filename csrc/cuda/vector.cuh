@@ -36,6 +36,21 @@ NEURON_EXT_DEVICE Vector<T> load_vector(const T* first, std::int64_t stride, boo
   return vector;
 }
 
+/// To first[0], first[1], ..., up to the `left`th. is_aligned: all of the vector belongs there, and
+/// `first` is a multiple of 16 bytes.
+template <class T>
+NEURON_EXT_DEVICE void store_vector(T* first, const Vector<T>& vector, bool is_aligned,
+                                    std::int64_t left) {
+  if (is_aligned) {
+    ptx::store_16_bytes(first, vector.bytes);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kVector<T>; ++e) {
+      if (e < left) first[e] = vector.elements[e];
+    }
+  }
+}
+
 /// Whether every row of a matrix may be read by load_vector as aligned.
 inline bool has_aligned_rows(const void* base, std::int64_t element_bytes, std::int64_t stride,
                              std::int64_t row_stride) {

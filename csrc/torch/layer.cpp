@@ -143,9 +143,6 @@ bool run_in_blocks(const RowsView& dy, const RowsView& y, const RowsView& x,
   if (dtype != DType::kBFloat16 || batch_invariant() || x.columns + dy.columns < kFewFeatures) {
     return false;
   }
-  const auto rows_of = [](const RowsView& view) {
-    return MlpBackward::Rows{view.data, view.row_stride, view.column_stride};
-  };
   const MlpLayerBackward layer{.in_features = x.columns,
                                .out_features = dy.columns,
                                .activation = Activation::kSigmoid,
@@ -157,9 +154,9 @@ bool run_in_blocks(const RowsView& dy, const RowsView& y, const RowsView& x,
                                .grad_bias = db};
   return cpu::mlp_backward({.dtype = dtype,
                             .rows = dy.rows,
-                            .grad_output = rows_of(dy),
-                            .output = rows_of(y),
-                            .input = rows_of(x),
+                            .grad_output = rows_of_batch(dy),
+                            .output = rows_of_batch(y),
+                            .input = rows_of_batch(x),
                             .layers = {&layer, 1},
                             .grad_input = dx},
                            at_parallel_for());

@@ -10,6 +10,11 @@ namespace neuron_ext {
 
 using OptionalRows = std::optional<RowsView>;
 
+/// As the CPU's mlp_backward takes them.
+inline MlpBackward::Rows rows_of_batch(const RowsView& view) {
+  return {view.data, view.row_stride, view.column_stride};
+}
+
 /// Whether the kernels compute this layer; else ATen does, or finds the words for what is wrong
 /// with it.
 inline bool kernels_take(const at::Tensor& input, const at::Tensor& weight,

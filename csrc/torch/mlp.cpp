@@ -396,9 +396,6 @@ std::vector<Tensor> run_stack_backward(const Backward& call) {
 /// All gradients on the CPU, to where `grads` has room, if its kernels take the stack as a whole.
 bool run_blocks_backward(const Backward& call, const Tensor& hidden, TensorList grads) {
   const size_t depth = call.depth();
-  const auto rows_of = [](const RowsView& view) {
-    return MlpBackward::Rows{view.data, view.row_stride, view.column_stride};
-  };
   const RowsView dy = as_rows(call.grad_output);
   const RowsView y = call.output.defined() ? as_rows(call.output) : RowsView{};
   const RowsView x = call.wants_weight(0) ? as_rows(call.input) : RowsView{};
@@ -427,9 +424,9 @@ bool run_blocks_backward(const Backward& call, const Tensor& hidden, TensorList 
        .precision = precision_for(dtype_of(hidden),
                                   static_cast<double>(deciding) * static_cast<double>(elements)),
        .rows = dy.rows,
-       .grad_output = rows_of(dy),
-       .output = rows_of(y),
-       .input = rows_of(x),
+       .grad_output = rows_of_batch(dy),
+       .output = rows_of_batch(y),
+       .input = rows_of_batch(x),
        .hidden = hidden.const_data_ptr(),
        .layers = {layers.data(), depth},
        .grad_input = data_or_null(grads[0]),
