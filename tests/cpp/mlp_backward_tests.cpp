@@ -11,8 +11,6 @@ namespace {
 using namespace neuron_ext;
 using namespace neuron_ext::testing;
 
-using Bytes = std::vector<std::byte>;
-
 /// Products that add to sums of the accumulators' type, in every form: exact, and nothing else is
 /// touched.
 void test_added_products() {
@@ -54,13 +52,6 @@ void test_added_products() {
       }
     }
   }
-}
-
-Bytes random_array(DType dtype, std::int64_t count, unsigned seed) {
-  Bytes array(static_cast<std::size_t>(count * size_of(dtype)));
-  const Values values = random_values(seed, 1, count, false);
-  for (std::int64_t i = 0; i < count; ++i) reference_store(dtype, array.data(), i, values(0, i));
-  return array;
 }
 
 /// A stack with random contents whose gradients are wanted; dy's rows have gaps if the number of

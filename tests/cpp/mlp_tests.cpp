@@ -14,15 +14,6 @@ namespace {
 using namespace neuron_ext;
 using namespace neuron_ext::testing;
 
-using Bytes = std::vector<std::byte>;
-
-Bytes random_array(DType dtype, std::int64_t count, unsigned seed) {
-  Bytes array(static_cast<std::size_t>(count * size_of(dtype)));
-  const Values values = random_values(seed, 1, count, false);
-  for (std::int64_t i = 0; i < count; ++i) reference_store(dtype, array.data(), i, values(0, i));
-  return array;
-}
-
 /// A stack with random contents; the input's rows have gaps, and every other weight is stored
 /// (in, out). That of a backward has saved outputs and no biases.
 class Stack {

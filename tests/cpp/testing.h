@@ -25,6 +25,8 @@ namespace neuron_ext::testing {
 
 using namespace neuron_ext::cpu;
 
+using Bytes = std::vector<std::byte>;
+
 // ---- reporting ----------------------------------------------------------------------------------
 
 inline int failures = 0;
@@ -72,7 +74,7 @@ inline constexpr int kLayouts = 6;
 
 /// A rows x columns view of dtype, somewhere inside its storage.
 struct View {
-  std::vector<std::byte> storage;
+  Bytes storage;
   const void* base = nullptr;
   std::int64_t stride_row = 0, stride_column = 0;
 
@@ -139,7 +141,7 @@ struct Product {
     }
   };
   struct Result {
-    std::vector<std::byte> d, a_sum, d_sum;
+    Bytes d, a_sum, d_sum;
     bool operator==(const Result&) const = default;
   };
 
@@ -193,7 +195,7 @@ struct Product {
   /// Memory for results.
   Result poisoned() const {
     const auto elements = [&](std::int64_t count) {
-      return std::vector<std::byte>((count + 2 * kGuard) * size_of(desc.dtype), std::byte{0xa5});
+      return Bytes((count + 2 * kGuard) * size_of(desc.dtype), std::byte{0xa5});
     };
     return {elements(desc.m * desc.d_stride_m), elements(desc.m), elements(desc.n)};
   }
@@ -284,6 +286,14 @@ inline Values random_values(unsigned seed, std::int64_t rows, std::int64_t colum
     for (std::int64_t j = 0; j < columns; ++j) values[i * columns + j] = scale * normal(engine);
   }
   return [values, columns](std::int64_t i, std::int64_t j) { return values[i * columns + j]; };
+}
+
+/// `count` of them, as dtype holds them.
+inline Bytes random_array(DType dtype, std::int64_t count, unsigned seed) {
+  Bytes array(static_cast<std::size_t>(count * size_of(dtype)));
+  const Values values = random_values(seed, 1, count, false);
+  for (std::int64_t i = 0; i < count; ++i) reference_store(dtype, array.data(), i, values(0, i));
+  return array;
 }
 
 }  // namespace neuron_ext::testing

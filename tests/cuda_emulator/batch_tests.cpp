@@ -6,13 +6,7 @@
 namespace {
 
 using namespace neuron_ext;
-using testing::change_settings;
-using testing::compute;
-using testing::failures;
-using testing::kDTypes;
-using testing::Layout;
-using testing::Product;
-using testing::report_mutex;
+using namespace neuron_ext::testing;
 
 constexpr std::int64_t kLargestBatch = 80;
 
@@ -25,9 +19,8 @@ Product rows_of_product(DType dtype, std::int64_t m, std::int64_t n, std::int64_
   options.epilogue = is_gradient ? Activation::kIdentity : Activation::kSigmoid;
   options.prologue = is_gradient;
   options.b = is_gradient ? Layout::kRows : Layout::kColumns;
-  Product product(dtype, m, n, k, options, testing::random_values(1, kLargestBatch, k, false),
-                  testing::random_values(2, k, n, false),
-                  testing::random_values(3, kLargestBatch, k, false));
+  Product product(dtype, m, n, k, options, random_values(1, kLargestBatch, k, false),
+                  random_values(2, k, n, false), random_values(3, kLargestBatch, k, false));
   product.desc.whole_m = GemmDesc::kAnyBatch;
   return product;
 }

@@ -7,17 +7,7 @@
 namespace {
 
 using namespace neuron_ext;
-using emulator::Order;
-using emulator::settings;
-using testing::change_settings;
-using testing::check_close;
-using testing::check_exact;
-using testing::compute;
-using testing::failures;
-using testing::kDevice;
-using testing::Layout;
-using testing::Product;
-using testing::report_mutex;
+using namespace neuron_ext::testing;
 
 constexpr const cuda::GemmKernel& kKernel = cuda::gemm_narrow;
 constexpr DType k16Bits[] = {DType::kBFloat16, DType::kFloat16};
@@ -41,12 +31,11 @@ void test_exact_sums() {
       for (const DType dtype : k16Bits) {
         for (int repeat = 0; repeat < 2; ++repeat) {
           ++turn;
-          Product::Options options = testing::options_of(turn);
+          Product::Options options = options_of(turn);
           options.a = options.prologue && turn % 8 == 5 ? Layout::kGaps : Layout::kRows;
           options.b = b;
           options.a_sum = false;
-          const Product product(dtype, m, n, k, options, testing::integer, testing::integer,
-                                testing::exact_saved);
+          const Product product(dtype, m, n, k, options, integer, integer, exact_saved);
           if (!accepts(product)) continue;
           ++taken;
           change_settings();
@@ -70,7 +59,7 @@ void test_random() {
         options.bias = true;
         options.prologue = turn++ % 3 == 0;
         options.epilogue = has_sigmoid ? Activation::kSigmoid : Activation::kIdentity;
-        const testing::Values values = testing::random_values(7, kK, kK, false);
+        const Values values = random_values(7, kK, kK, false);
         const auto outputs = [&](std::int64_t i, std::int64_t j) {
           return 1 / (1 + std::exp(-values(i, j)));
         };
@@ -87,19 +76,14 @@ void test_random() {
 
 /// The same bits in any order of threads, and on any GPU.
 void test_orders() {
-  const testing::Values values = testing::random_values(3, 1032, 1032, false);
+  const Values values = random_values(3, 1032, 1032, false);
   for (const Layout b : {Layout::kRows, Layout::kColumns}) {
     Product::Options options;
     options.b = b;
     options.bias = true;
     options.epilogue = Activation::kSigmoid;
     const Product product(DType::kBFloat16, 20, 136, 1032, options, values, values, values);
-    settings() = {};
-    const Product::Result first = compute(kKernel, product);
-    for (const Order order : {Order::kReverse, Order::kShuffled}) {
-      settings() = {.order = order};
-      CHECK(compute(kKernel, product, {80, 7}) == first, "order " << static_cast<int>(order));
-    }
+    check_orders(kKernel, product, {kDevice, {80, 7}});
   }
 }
 

@@ -7,18 +7,7 @@
 namespace {
 
 using namespace neuron_ext;
-using emulator::Order;
-using emulator::settings;
-using testing::change_settings;
-using testing::check_close;
-using testing::check_column_sums;
-using testing::check_exact;
-using testing::compute;
-using testing::failures;
-using testing::kDTypes;
-using testing::Layout;
-using testing::Product;
-using testing::report_mutex;
+using namespace neuron_ext::testing;
 
 constexpr const cuda::GemmKernel& kKernel = cuda::gemm_sm80;
 
@@ -31,8 +20,7 @@ std::int64_t wide(DType dtype) { return dtype == DType::kFloat64 ? 128 : 256; }
 std::int64_t stage_k(DType dtype) { return 64 / size_of(dtype); }
 
 Product make_product(DType dtype, std::int64_t m, std::int64_t n, std::int64_t k,
-                     const Product::Options& options, const testing::Values& values,
-                     const testing::Values& saved) {
+                     const Product::Options& options, const Values& values, const Values& saved) {
   Product product(dtype, m, n, k, options, values, values, saved);
   product.desc.precision = Precision::kHigh;
   return product;
@@ -80,10 +68,9 @@ void test_exact_sums() {
       for (const Layout a : {Layout::kRows, Layout::kColumns}) {
         for (const Layout b : {Layout::kRows, Layout::kColumns}) {
           ++turn;
-          Product::Options options = testing::options_of(turn);
+          Product::Options options = options_of(turn);
           options.a = a, options.b = b;
-          Product product =
-              make_product(dtype, m, n, k, options, testing::integer, testing::exact_saved);
+          Product product = make_product(dtype, m, n, k, options, integer, exact_saved);
           set_d_stride(product, turn % 7 < 4);
           if (!accepts(product)) continue;
           ++taken;
@@ -107,10 +94,10 @@ void test_gaps() {
         options.a = a, options.b = b;
         // Operands of 80 x 144 and 144 x 80, of which a corner is multiplied: beyond it lies nan.
         const auto corner = [](std::int64_t i, std::int64_t j) {
-          return i < 77 && j < 77 ? testing::integer(i, j) : std::nan("");
+          return i < 77 && j < 77 ? integer(i, j) : std::nan("");
         };
         const auto swapped = [&](std::int64_t p, std::int64_t j) {
-          return p < 77 && j < 77 ? testing::integer(p, j) : std::nan("");
+          return p < 77 && j < 77 ? integer(p, j) : std::nan("");
         };
         Product product(dtype, 80, 80, 144, options, corner, swapped, corner);
         product.desc.precision = Precision::kHigh;
@@ -148,7 +135,7 @@ void test_random() {
         options.bias = true;
         options.prologue = !has_sigmoid;
         options.epilogue = has_sigmoid ? Activation::kSigmoid : Activation::kIdentity;
-        const testing::Values values = testing::random_values(7, kK, kK, false);
+        const Values values = random_values(7, kK, kK, false);
         const auto outputs = [&](std::int64_t i, std::int64_t j) {
           return 1 / (1 + std::exp(-values(i, j)));
         };
@@ -163,38 +150,28 @@ void test_random() {
 
 /// The same bits in any order of threads, for any lateness, with any tiles.
 void test_orders() {
-  const testing::Values values = testing::random_values(3, 264, 264, false);
+  const Values values = random_values(3, 264, 264, false);
   for (const DType dtype : kDTypes) {
-    for (const auto& options : {testing::layer_options(), testing::gradient_options()}) {
+    for (const auto& options : {layer_options(), gradient_options()}) {
       Product product = make_product(dtype, 136, wide(dtype) + 8, 200, options, values, values);
       set_d_stride(product, true);
-      settings() = {};
-      const Product::Result first = compute(kKernel, product, {80, 1});
-      check_column_sums(kKernel, product, first);
-      for (const int sm_count : kSmCounts) {
-        for (const bool late : {false, true}) {
-          settings() = {.order = late ? Order::kReverse : Order::kShuffled, .late_copies = late};
-          CHECK(compute(kKernel, product, {80, sm_count}) == first,
-                name_of(dtype) << ' ' << sm_count << " multiprocessors");
-        }
-      }
+      check_orders(kKernel, product, {{80, kSmCounts[0]}, {80, kSmCounts[1]}});
     }
   }
 }
 
 /// A prologue takes operands that copies can't.
 void test_prologue_layouts() {
-  for (int layout = 0; layout < testing::kLayouts; ++layout) {
+  for (int layout = 0; layout < kLayouts; ++layout) {
     for (const DType dtype : {DType::kFloat16, DType::kFloat64}) {
       change_settings();
       Product::Options options;
       options.a = static_cast<Layout>(layout);
-      options.saved = static_cast<Layout>((layout + 2) % testing::kLayouts);
+      options.saved = static_cast<Layout>((layout + 2) % kLayouts);
       options.b = Layout::kRows;
       options.prologue = true;
       options.a_sum = layout % 2 == 0;
-      Product product =
-          make_product(dtype, 77, 40, 101, options, testing::integer, testing::exact_saved);
+      Product product = make_product(dtype, 77, 40, 101, options, integer, exact_saved);
       set_d_stride(product, true);
       CHECK(accepts(product), product.name());
       check_exact(kKernel, product, compute(kKernel, product, {80, 3}));

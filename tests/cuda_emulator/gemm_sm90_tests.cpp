@@ -8,18 +8,7 @@
 namespace {
 
 using namespace neuron_ext;
-using emulator::Order;
-using emulator::settings;
-using testing::change_settings;
-using testing::check_close;
-using testing::check_column_sums;
-using testing::check_exact;
-using testing::compute;
-using testing::failures;
-using testing::kDevice;
-using testing::Layout;
-using testing::Product;
-using testing::report_mutex;
+using namespace neuron_ext::testing;
 
 constexpr const cuda::GemmKernel& kKernel = cuda::gemm_sm90;
 constexpr const cuda::GemmKernel& kF32Kernel = cuda::gemm_sm90_f32;
@@ -55,10 +44,9 @@ void test_exact_sums() {
       for (const Layout b : {Layout::kRows, Layout::kColumns}) {
         for (const int sm_count : kSmCounts) {
           ++turn;
-          Product::Options options = testing::options_of(turn);
+          Product::Options options = options_of(turn);
           options.a = a, options.b = b;
-          Product product(k16Bits[turn % 2], m, n, k, options, testing::integer, testing::integer,
-                          testing::exact_saved);
+          Product product(k16Bits[turn % 2], m, n, k, options, integer, integer, exact_saved);
           set_d_stride(product, turn % 7 < 4);
           if (!accepts(product)) continue;
           ++taken;
@@ -84,7 +72,7 @@ void test_random() {
         options.bias = true;
         options.prologue = !has_sigmoid;
         options.epilogue = has_sigmoid ? Activation::kSigmoid : Activation::kIdentity;
-        const testing::Values values = testing::random_values(7, kK, kK, false);
+        const Values values = random_values(7, kK, kK, false);
         const auto outputs = [&](std::int64_t i, std::int64_t j) {
           return 1 / (1 + std::exp(-values(i, j)));
         };
@@ -101,40 +89,28 @@ void test_random() {
 
 /// The same bits in any order of threads, for any lateness, with any tiles.
 void test_orders() {
-  const testing::Values values = testing::random_values(3, 392, 392, false);
-  for (const auto& options : {testing::layer_options(), testing::gradient_options()}) {
+  const Values values = random_values(3, 392, 392, false);
+  for (const auto& options : {layer_options(), gradient_options()}) {
     for (const cuda::GemmKernel* const kernel : {&kKernel, &kF32Kernel}) {
       Product product(kernel->dtypes.front(), 136, 264, 392, options, values, values, values);
       set_d_stride(product, true);
-      settings() = {};
-      const Product::Result first = compute(*kernel, product);
-      check_column_sums(*kernel, product, first);
-      for (const int sm_count : {1, 2, 132}) {
-        for (const bool late : {false, true}) {
-          settings() = {.order = late ? Order::kReverse : Order::kShuffled,
-                        .late_copies = late,
-                        .late_products = !late};
-          CHECK(compute(*kernel, product, {90, sm_count}) == first,
-                kernel->name << ' ' << sm_count << " multiprocessors");
-        }
-      }
+      check_orders(*kernel, product, {{90, 1}, {90, 2}, {90, 132}});
     }
   }
 }
 
 /// A prologue takes operands that the copy engine doesn't.
 void test_prologue_layouts() {
-  for (int layout = 0; layout < testing::kLayouts; ++layout) {
+  for (int layout = 0; layout < kLayouts; ++layout) {
     for (const bool has_sum : {false, true}) {
       change_settings();
       Product::Options options;
       options.a = static_cast<Layout>(layout);
-      options.saved = static_cast<Layout>((layout + 2) % testing::kLayouts);
+      options.saved = static_cast<Layout>((layout + 2) % kLayouts);
       options.b = Layout::kRows;
       options.prologue = true;
       options.a_sum = has_sum;
-      Product product(DType::kFloat16, 77, 40, 301, options, testing::integer, testing::integer,
-                      testing::exact_saved);
+      Product product(DType::kFloat16, 77, 40, 301, options, integer, integer, exact_saved);
       set_d_stride(product, has_sum);
       CHECK(accepts(product), product.name());
       check_exact(kKernel, product, compute(kKernel, product));
@@ -186,8 +162,7 @@ void test_f32_exact_sums() {
     for (const Precision precision : kPrecisions) {
       for (int repeat = 0; repeat < 2; ++repeat, ++turn) {
         change_settings();
-        Product product(DType::kFloat32, m, n, k, testing::options_of(turn), testing::integer,
-                        testing::integer, testing::exact_saved);
+        Product product(DType::kFloat32, m, n, k, options_of(turn), integer, integer, exact_saved);
         product.desc.precision = precision;
         check_exact(kF32Kernel, product, compute(kF32Kernel, product, {90, 1 + turn % 3}));
       }
@@ -195,9 +170,7 @@ void test_f32_exact_sums() {
   }
 }
 
-double f32_error(Precision precision, std::int64_t k) {
-  return testing::split_error(precision, k, 64);
-}
+double f32_error(Precision precision, std::int64_t k) { return split_error(precision, k, 64); }
 
 void test_f32_random() {
   for (const Precision precision : kPrecisions) {
@@ -207,7 +180,7 @@ void test_f32_random() {
       Product::Options options;
       options.bias = true;
       options.epilogue = has_sigmoid ? Activation::kSigmoid : Activation::kIdentity;
-      const testing::Values values = testing::random_values(5, kK, kK, false);
+      const Values values = random_values(5, kK, kK, false);
       Product product(DType::kFloat32, kM, kN, kK, options, values, values, values);
       product.desc.precision = precision;
       check_close(kF32Kernel, product, compute(kF32Kernel, product), f32_error(precision, kK));
@@ -220,7 +193,7 @@ void test_f32_random() {
 void test_f32_special_values() {
   constexpr std::int64_t kM = 200, kN = 260, kK = 150;
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  const testing::Values values = testing::random_values(5, kN, kN, false);
+  const Values values = random_values(5, kN, kN, false);
   const auto a_values = [&](std::int64_t i, std::int64_t p) {
     if (i == 3 && p == 70) return kInfinity;
     if (i == 66 && p == 149) return 1e37;
@@ -258,14 +231,13 @@ void test_f32_special_values() {
 
 /// Tiles that are computed again count once in the sums of columns.
 void test_f32_sums_of_special_values() {
-  const testing::Values values = testing::random_values(5, 260, 260, false);
+  const Values values = random_values(5, 260, 260, false);
   const auto a_values = [&](std::int64_t i, std::int64_t p) {
     return i == 67 || i == 199 ? 1e-42 * std::round(10 * values(i, p)) : values(i, p);
   };
   for (const Precision precision : kPrecisions) {
     change_settings();
-    Product product(DType::kFloat32, 200, 260, 150, testing::gradient_options(), a_values, values,
-                    values);
+    Product product(DType::kFloat32, 200, 260, 150, gradient_options(), a_values, values, values);
     product.desc.precision = precision;
     check_column_sums(kF32Kernel, product, compute(kF32Kernel, product));
   }
@@ -304,8 +276,7 @@ void test_forming_a_first() {
       Product::Options options;
       options.a = layout, options.b = Layout::kRows;
       options.prologue = options.a_sum = true;
-      const Product product(dtype, 131, 136, 264, options, testing::integer, testing::integer,
-                            testing::exact_saved);
+      const Product product(dtype, 131, 136, 264, options, integer, integer, exact_saved);
       check_exact(kTwoSteps, product, compute(kTwoSteps, product));
     }
   }

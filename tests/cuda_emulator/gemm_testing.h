@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -27,8 +28,7 @@ inline void change_settings() {
 }
 
 /// The bytes of `host`, where kernels' accesses are watched.
-inline std::unique_ptr<emulator::GlobalArray> on_device(const std::vector<std::byte>& host,
-                                                        const char* name) {
+inline std::unique_ptr<emulator::GlobalArray> on_device(const Bytes& host, const char* name) {
   auto array = std::make_unique<emulator::GlobalArray>(host.size(), name);
   std::memcpy(array->data(), host.data(), host.size());
   array->set_written();
@@ -44,12 +44,12 @@ Product::Result compute_by(const Product& product, const Workspace& workspace_of
   const auto saved = on_device(product.saved.storage, "saved");
   const auto d_saved = on_device(product.d_saved.storage, "d_saved");
   const auto bias = on_device(product.bias.storage, "bias");
-  const auto moved = [](const void* address, const std::vector<std::byte>& from,
+  const auto moved = [](const void* address, const Bytes& from,
                         const emulator::GlobalArray& to) -> const void* {
     return address == nullptr ? nullptr
                               : to.data() + (static_cast<const std::byte*>(address) - from.data());
   };
-  const auto unwritten = [](const std::vector<std::byte>& host, const char* name) {
+  const auto unwritten = [](const Bytes& host, const char* name) {
     auto array = std::make_unique<emulator::GlobalArray>(host.size(), name);
     std::memcpy(array->data(), host.data(), host.size());
     return array;
@@ -70,7 +70,7 @@ Product::Result compute_by(const Product& product, const Workspace& workspace_of
   const int error = run(at, workspace.data());
   CHECK(error == 0, product.name() << ": " << emulator::last_error());
   const auto bytes = [](const emulator::GlobalArray& array) {
-    return std::vector<std::byte>(array.data(), array.data() + array.size());
+    return Bytes(array.data(), array.data() + array.size());
   };
   return {bytes(*d), bytes(*a_sum), bytes(*d_sum)};
 }
@@ -159,6 +159,26 @@ inline void check_column_sums(const cuda::GemmKernel& kernel, const Product& pro
         eps * static_cast<double>(desc.m) * magnitude + 1.01 * spacing(desc.dtype, exact);
     CHECK(std::fabs(sum - exact) <= bound, kernel.name << ' ' << product.name() << " column " << j
                                                        << ": " << sum << ", not " << exact);
+  }
+}
+
+/// The same bits, and sums of D's columns, in any order of threads, however late what is
+/// asynchronous comes, and on each of the devices.
+inline void check_orders(const cuda::GemmKernel& kernel, const Product& product,
+                         std::initializer_list<cuda::Device> devices = {kDevice}) {
+  using emulator::Order;
+  emulator::settings() = {};
+  const Product::Result first = compute(kernel, product, *devices.begin());
+  check_column_sums(kernel, product, first);
+  for (const cuda::Device& device : devices) {
+    for (const bool late : {false, true}) {
+      emulator::settings() = {.order = late ? Order::kReverse : Order::kShuffled,
+                              .late_copies = late,
+                              .late_products = !late};
+      CHECK(compute(kernel, product, device) == first,
+            kernel.name << ' ' << product.name() << ", sm_" << device.sm << ", " << device.sm_count
+                        << " multiprocessors, " << (late ? "backwards" : "shuffled"));
+    }
   }
 }
 

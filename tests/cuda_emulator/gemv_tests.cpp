@@ -1,25 +1,13 @@
 // Tests of gemv on the emulator.
 #include <cmath>
 #include <cstdint>
-#include <sstream>
 
 #include "gemm_testing.h"
 
 namespace {
 
 using namespace neuron_ext;
-using emulator::Order;
-using emulator::settings;
-using testing::change_settings;
-using testing::check_close;
-using testing::check_exact;
-using testing::compute;
-using testing::failures;
-using testing::kDevice;
-using testing::kDTypes;
-using testing::Layout;
-using testing::Product;
-using testing::report_mutex;
+using namespace neuron_ext::testing;
 
 constexpr const cuda::GemmKernel& kKernel = cuda::gemv;
 
@@ -44,11 +32,10 @@ void test_exact_sums() {
           ++turn;
           const std::int64_t m = is_few_columns && size.n > 0 ? size.n : size.m;
           const std::int64_t n = is_few_columns && size.n > 0 ? size.m : size.n;
-          Product::Options options = testing::options_of(turn);
+          Product::Options options = options_of(turn);
           (is_few_columns ? options.a : options.b) = matrix;
           options.a_sum = options.a_sum || n == 0;
-          const Product product(dtype, m, n, size.k, options, testing::integer, testing::integer,
-                                testing::exact_saved);
+          const Product product(dtype, m, n, size.k, options, integer, integer, exact_saved);
           if (!accepts(product.desc)) continue;
           ++taken;
           change_settings();
@@ -72,8 +59,7 @@ void test_random() {
           options.bias = true;
           options.prologue = turn++ % 3 == 0;
           options.epilogue = has_sigmoid ? Activation::kSigmoid : Activation::kIdentity;
-          const testing::Values values =
-              testing::random_values(7, std::max(m, k), std::max(k, n), false);
+          const Values values = random_values(7, std::max(m, k), std::max(k, n), false);
           const auto outputs = [&](std::int64_t i, std::int64_t j) {
             return 1 / (1 + std::exp(-values(i, j)));
           };
@@ -81,7 +67,7 @@ void test_random() {
           // A lane adds up every fourth k or less, then lanes, warps and chunks meet. dz has three
           // roundings of its own, and one to the dtype where it is rewritten.
           const double eps = dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
-          const double rewritten = testing::spacing(dtype, 0.75) / 2;
+          const double rewritten = spacing(dtype, 0.75) / 2;
           const double relative = eps * (static_cast<double>(k) / 4 + 8 + 8 + 256) +
                                   (options.prologue ? 3 * eps + 2 * rewritten : 0);
           check_close(kKernel, product, compute(kKernel, product), relative);
@@ -93,19 +79,14 @@ void test_random() {
 
 /// The same bits in any order of threads, and on any GPU.
 void test_orders() {
-  const testing::Values values = testing::random_values(3, 2400, 2400, false);
+  const Values values = random_values(3, 2400, 2400, false);
   for (const Layout layout : {Layout::kRows, Layout::kColumns}) {
     Product::Options options;
     options.b = layout;
     options.bias = true;
     options.a_sum = layout == Layout::kRows;
     const Product product(DType::kFloat32, 3, 41, 2300, options, values, values, values);
-    settings() = {};
-    const Product::Result first = compute(kKernel, product);
-    for (const Order order : {Order::kReverse, Order::kShuffled}) {
-      settings() = {.order = order};
-      CHECK(compute(kKernel, product, {80, 7}) == first, "order " << static_cast<int>(order));
-    }
+    check_orders(kKernel, product, {kDevice, {80, 7}});
   }
 }
 

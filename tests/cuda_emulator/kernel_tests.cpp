@@ -7,7 +7,6 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -16,23 +15,8 @@
 namespace {
 
 using namespace neuron_ext;
-using emulator::GlobalArray;
-using emulator::last_error;
-using emulator::Order;
-using emulator::settings;
-using testing::change_settings;
-using testing::check_close;
-using testing::check_exact;
-using testing::compute;
-using testing::failures;
-using testing::integer;
-using testing::kDevice;
-using testing::kDTypes;
-using testing::Layout;
-using testing::Product;
-using testing::report_mutex;
-using testing::spacing;
-using testing::sum_error;
+using namespace neuron_ext::emulator;
+using namespace neuron_ext::testing;
 
 // ---- matrix products ---------------------------------------------------------------------------
 
@@ -60,7 +44,7 @@ void test_exact_sums(const cuda::GemmKernel& kernel) {
         // A 16-bit D is exact as long as what is added up is small.
         const auto values = [&](std::int64_t i, std::int64_t j) { return integer(i, j); };
         const Product product(dtype, m, n, k, Product::Options::of(turn), values, values,
-                              testing::exact_saved);
+                              exact_saved);
         check_exact(kernel, product, compute(kernel, product));
       }
     }
@@ -74,11 +58,11 @@ void test_epilogue_gradient(cuda::GemmKernel kernel) {
   for (const DType dtype : kDTypes) {
     for (const auto& [m, n, k] : sizes()) {
       change_settings();
-      Product::Options options = testing::options_of(++turn);
+      Product::Options options = options_of(++turn);
       options.bias = false;
       options.epilogue_gradient = true;
       options.d_sum = turn % 3 != 0;
-      Product product(dtype, m, n, k, options, integer, integer, testing::exact_saved);
+      Product product(dtype, m, n, k, options, integer, integer, exact_saved);
       if (turn % 4 == 0) product.desc.d_stride_m = n;
       kernel.takes_epilogue_gradient = turn / 4 % 2 == 0;
       check_exact(kernel, product, compute(kernel, product));
@@ -99,11 +83,11 @@ void test_random(const cuda::GemmKernel& kernel) {
     for (const auto& [m, n, k] : {Size{70, 66, 200}, Size{5, 9, 1500}}) {
       for (int turn = 0; turn < 4; ++turn) {
         change_settings();
-        Product::Options options = testing::options_of(turn);
+        Product::Options options = options_of(turn);
         options.a = options.b = options.saved = Layout::kRows;
         options.epilogue = options.epilogue_gradient || turn % 2 == 0 ? Activation::kIdentity
                                                                       : Activation::kSigmoid;
-        const testing::Values values = testing::random_values(7, std::max(m, k), k + n, false);
+        const Values values = random_values(7, std::max(m, k), k + n, false);
         const auto outputs = [&](std::int64_t i, std::int64_t j) {
           return 1 / (1 + std::exp(-values(i, j)));
         };
@@ -119,16 +103,11 @@ void test_random(const cuda::GemmKernel& kernel) {
 
 /// The same bits in any order of threads.
 void test_orders(const cuda::GemmKernel& kernel) {
-  const testing::Values values = testing::random_values(3, 1400, 1400, false);
+  const Values values = random_values(3, 1400, 1400, false);
   Product::Options options;
   options.bias = options.a_sum = true;
   const Product product(DType::kFloat32, 37, 41, 1300, options, values, values, values);
-  settings() = {};
-  const Product::Result first = compute(kernel, product);
-  for (const Order order : {Order::kReverse, Order::kShuffled}) {
-    settings() = {.order = order};
-    CHECK(compute(kernel, product) == first, kernel.name << " order " << static_cast<int>(order));
-  }
+  check_orders(kernel, product);
 }
 
 /// Rows further apart than 32 bits can say: memory that is reserved, but only touched at its ends.
@@ -314,7 +293,7 @@ void test_elementwise_values() {
   const auto wide = [&](std::int64_t i) { return -7.5 * static_cast<double>(i % 101) + 0.3; };
   check_elementwise(DType::kFloat64, {101}, {{1}, {1}, {1}}, wide);
   // Every value of 16 bits.
-  if (emulator::sees_accesses()) return;  // the values are no different there, and it takes long
+  if (sees_accesses()) return;  // the values are no different there, and it takes long
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     check_elementwise(dtype, {65536}, {{1}, {1}, {1}}, [&](std::int64_t i) {
       const auto bits = static_cast<std::uint16_t>(i);

@@ -18,24 +18,9 @@
 namespace {
 
 using namespace neuron_ext;
-using emulator::GlobalArray;
-using emulator::last_error;
-using emulator::Order;
-using emulator::settings;
-using testing::change_settings;
-using testing::failures;
-using testing::integer;
-using testing::kDevice;
-using testing::kDTypes;
-using testing::Layout;
-using testing::on_device;
-using testing::report_mutex;
-using testing::spacing;
-using testing::sum_error;
-using testing::Values;
-using testing::View;
+using namespace neuron_ext::emulator;
+using namespace neuron_ext::testing;
 
-using Bytes = std::vector<std::byte>;
 using Widths = std::vector<std::int64_t>;
 
 /// A tensor of the stack's: what the kernels see of it, and what the reference does.
@@ -204,7 +189,7 @@ class Stack {
       if (!std::isfinite(exact)) return std::isnan(exact) ? std::isnan(got) : got == exact;
       const double slope = layer.activation == Activation::kSigmoid ? 0.25 : 1;
       const double relative =
-          is_split() ? testing::split_error(mlp.precision, layer.in_features, cuda::kWidestLayer)
+          is_split() ? split_error(mlp.precision, layer.in_features, cuda::kWidestLayer)
                      : sum_error(mlp.dtype, layer.in_features);
       // Where a sum is inf, so is its magnitude.
       const double error = std::isfinite(magnitude) ? slope * relative * magnitude : 0;
@@ -256,7 +241,7 @@ class Stack {
  private:
   static constexpr std::int64_t kGuard = 64;
 
-  static Layout layout(int turn) { return static_cast<Layout>(turn % testing::kLayouts); }
+  static Layout layout(int turn) { return static_cast<Layout>(turn % kLayouts); }
 
   Operand input_;
   std::vector<Operand> weights_, biases_, saved_;
@@ -296,8 +281,8 @@ void test_exact_sums() {
         change_settings();
         CHECK(stack.run(false).front() == outputs.back(), stack.name() << ", only the output");
         Stack gradients(dtype, rows, widths,
-                        {.turn = turn, .saved = testing::exact_saved, .precision = precision},
-                        integer, sparse, integer);
+                        {.turn = turn, .saved = exact_saved, .precision = precision}, integer,
+                        sparse, integer);
         gradients.check_exact(gradients.run(true, {90, 1}));
       }
     }
@@ -309,7 +294,7 @@ constexpr std::int64_t kMost = 130;
 
 /// Weights of about the square root of a layer's width.
 double random_weight(std::int64_t i, std::int64_t j) {
-  static const Values values = testing::random_values(4, kMost, kMost, false);
+  static const Values values = random_values(4, kMost, kMost, false);
   return values(i, j) / 8;
 }
 
@@ -321,7 +306,7 @@ double random_saved(std::int64_t i, std::int64_t j) {
 /// The same bits in any order of threads, for any lateness, on any number of multiprocessors, with
 /// all weights in shared memory or not, whichever outputs are kept, and in a smaller batch.
 void test_random(DType dtype, const Widths& widths, const Stack::Options& options) {
-  static const Values x = testing::random_values(3, kMost, kMost, false);
+  static const Values x = random_values(3, kMost, kMost, false);
   Stack stack(dtype, 100, widths, options, x, random_weight, x);
   for (const int approximation : {-1, 1}) {
     change_settings();
@@ -412,7 +397,7 @@ void test_many_rows() {
   for (const DType dtype : kDTypes) {
     for (const std::int64_t width : {7, 8}) {
       change_settings();
-      Stack stack(dtype, 8300, {5, width, 3}, {.saved = testing::exact_saved}, x, sparse, x);
+      Stack stack(dtype, 8300, {5, width, 3}, {.saved = exact_saved}, x, sparse, x);
       stack.check_exact(stack.run(true));
     }
   }
@@ -476,8 +461,7 @@ void test_unsplit_values() {
 
 /// Nothing but sums, which are 0.
 void test_no_rows() {
-  Stack stack(DType::kFloat32, 0, {4, 5, 3}, {.saved = testing::exact_saved}, integer, integer,
-              integer);
+  Stack stack(DType::kFloat32, 0, {4, 5, 3}, {.saved = exact_saved}, integer, integer, integer);
   stack.check_exact(stack.run(true));
 }
 
