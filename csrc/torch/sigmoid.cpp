@@ -66,6 +66,12 @@ Tensor empty_elementwise(const Tensor& t) {
   return at::empty_strided_symint(sizes, dense, t.options());
 }
 
+/// The same for a CPU tensor, past the dispatcher where that can be.
+Tensor empty_elementwise_cpu(const Tensor& t) {
+  return t.is_contiguous() ? empty_cpu(t.sizes(), t.scalar_type())
+                           : with_large_pages(empty_elementwise(t));
+}
+
 bool kernels_take(const Tensor& input) {
   return is_kernel_tensor(input) && (!input.is_cuda() || gpu::takes_rank(input));
 }
@@ -106,7 +112,7 @@ void for_each_run(at::TensorIterator& iterator, DType dtype, const F& f) {
 }
 
 Tensor sigmoid_cpu(const Tensor& input) {
-  Tensor output = with_large_pages(empty_elementwise(input));
+  Tensor output = empty_elementwise_cpu(input);
   const DType dtype = dtype_of(input);
   if (input.is_non_overlapping_and_dense()) {
     const auto* x = static_cast<const char*>(input.const_data_ptr());
@@ -134,7 +140,7 @@ void check_sigmoid_backward(const Tensor& grad_output, const Tensor& output) {
 }
 
 Tensor sigmoid_backward_cpu(const Tensor& grad_output, const Tensor& output) {
-  Tensor grad_input = with_large_pages(empty_elementwise(output));
+  Tensor grad_input = empty_elementwise_cpu(output);
   const DType dtype = dtype_of(output);
   if (output.is_non_overlapping_and_dense() && grad_output.strides() == output.strides()) {
     const auto* dy = static_cast<const char*>(grad_output.const_data_ptr());
