@@ -92,6 +92,7 @@ _CASES = (
     _Case("odd sizes", (13, 37), 29),
     _Case("many rows", (131, 33), 17),
     _Case("long sums", (5, 1030), 9),
+    _Case("a matrix engine's tiles", (70, 100), 75),
     _Case("no bias", (17, 9), 33, bias=False),
     _Case("batched", (2, 3, 7), 5),
     _Case("empty batch", (0, 7), 5),
