@@ -4,8 +4,8 @@ The four operations take exact ``torch.Tensor`` and ``Parameter`` arguments and 
 NotImplemented for anything else, which ``torch.ops.neuron_ext`` then takes.
 """
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ def mlp(
     biases: Sequence[Tensor | None],
     output_activation: str | None,
 ) -> Tensor: ...
+def function_type(call: Callable[..., Any]) -> Callable[..., Any]: ...
 def cpu_isa() -> str: ...
 def supported_cpu_isas() -> Sequence[str]: ...
 def set_cpu_isa(name: str) -> None: ...

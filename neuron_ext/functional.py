@@ -8,10 +8,11 @@ torch.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,30 @@ __all__ = ["decomposition_table", "linear", "linear_sigmoid", "mlp", "sigmoid"]
 _ops = torch.ops.neuron_ext
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 _NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
+def _call_in_python(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """What torch.compile traces where the interpreter calls a ``_C.Function``."""
+    return function.__wrapped__(*args, **kwargs)
+
+
+_Function = _C.function_type(_call_in_python)
+
+
+def _trying(operation: Callable[..., Any]) -> Callable[[_F], _F]:
+    """Lets the interpreter try a compiled operation before it sets up a frame for the function.
+
+    To all others it looks like the function, which tries the same: for keywords, and to be read.
+    """
+
+    def decorate(function: _F) -> _F:
+        return cast(_F, functools.update_wrapper(_Function(operation, function), function))
+
+    return decorate
+
+
+@_trying(_C.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``input @ weight.T + bias``, as :func:`torch.nn.functional.linear`.
 
@@ -52,6 +75,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _call(_ops.linear.default, input, weight, bias)
 
 
+@_trying(_C.sigmoid)
 def sigmoid(input: Tensor) -> Tensor:
     """``1 / (1 + exp(-input))`` elementwise, as :func:`torch.sigmoid`.
 
@@ -73,6 +97,7 @@ def sigmoid(input: Tensor) -> Tensor:
     return _call(_ops.sigmoid.default, input)
 
 
+@_trying(_C.linear_sigmoid)
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.sigmoid(F.linear(input, weight, bias))`` as one operation.
 
@@ -88,6 +113,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return _call(_ops.linear_sigmoid.default, input, weight, bias)
 
 
+@_trying(_C.mlp)
 def mlp(
     input: Tensor,
     weights: Sequence[Tensor],
