@@ -54,6 +54,13 @@ struct VectorPairs : VectorBf16 {
     return reinterpret_cast<Words<VectorF32>>(
         _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p)));
   }
+  /// The same with those at `high` in the upper halves.
+  static Words<VectorF32> load_interleaved(const BFloat16* low, const BFloat16* high,
+                                           std::int64_t count) {
+    return interleaved(
+        _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi16(first(count), low)),
+                           _mm256_maskz_loadu_epi16(first(count), high), 1));
+  }
 
   /// What lowest_exponent needs to know of what has been seen: twice the magnitudes, less one, so
   /// that zeros, which are harmless, are the largest.

@@ -21,8 +21,9 @@ struct CarefulPairs : V {
 };
 
 /// An operand of `k` values along k, as packing and narrow products read it: in pairs p = k / 2,
-/// with a zero after an odd k. It notes the lowest exponent it meets.
-template <class V>
+/// with a zero after an odd k. kUnitMn: what is contiguous is known to lie along mn; packing by
+/// copying is then free of calls, around which all vectors would be saved.
+template <class V, bool kUnitMn = false>
 struct PairSource {
   const BFloat16* base;
   std::int64_t stride_mn, stride_k, k;
@@ -43,9 +44,9 @@ struct PairSource {
   }
   Words<V> along_mn(std::int64_t mn, std::int64_t p, std::int64_t count) const {
     const bool has_upper = 2 * p + 1 < k;
-    if (stride_mn == 1) {
-      const Words<V> low = V::load_halves(at(mn, p), count);
-      return has_upper ? low | V::load_halves(at(mn, p) + stride_k, count) << 16 : low;
+    if (kUnitMn || stride_mn == 1) {
+      return has_upper ? V::load_interleaved(at(mn, p), at(mn, p) + stride_k, count)
+                       : V::load_halves(at(mn, p), count);
     }
     return gather(at(mn, p), stride_mn, count, has_upper ? 2 * count : 0);
   }
@@ -65,7 +66,7 @@ struct PairSource {
 
 /// What Pack reads: the operand, or dz = dy f'(y) rounded to bf16, as a layer that stores dz would
 /// round it, and notes what it has met.
-template <class V, class F>
+template <class V, class F, bool kUnitMn>
 class NotedPairs {
  public:
   NotedPairs(const Operand& operand, std::int64_t k)
@@ -100,14 +101,20 @@ class NotedPairs {
     return reinterpret_cast<Reg<V>>(pairs);
   }
 
-  PairSource<V> a_, saved_;
+  PairSource<V, kUnitMn> a_, saved_;
   mutable Words<V> lowest_ = ~Words<V>{};
 };
 
 template <class V, class F>
 void visit_pairs(const Operand& operand, std::int64_t k, const F& f) {
-  visit_activation(operand.prologue,
-                   [&]<class Prologue>(Prologue) { f(NotedPairs<V, Prologue>(operand, k)); });
+  visit_activation(operand.prologue, [&]<class Prologue>(Prologue) {
+    const bool is_plain = std::is_same_v<Prologue, Identity>;
+    if (operand.stride_mn == 1 && (is_plain || operand.saved_stride_mn == 1)) {
+      f(NotedPairs<V, Prologue, true>(operand, k));
+    } else {
+      f(NotedPairs<V, Prologue, false>(operand, k));
+    }
+  });
 }
 
 /// As pack_panel, in pairs. Returns the lowest exponent in the panel.

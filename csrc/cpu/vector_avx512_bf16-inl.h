@@ -23,12 +23,16 @@ struct VectorBf16 : VectorF32 {
   /// In each place the bf16 nearest to `even`, and above it that nearest to `odd`; zeros for
   /// subnormal numbers.
   static Words<VectorF32> nearest_pairs(Reg even, Reg odd) {
+    return interleaved(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
+  }
+
+  /// The 16 halves in the lower half of x, each below that in the upper half.
+  static Words<VectorF32> interleaved(__m512i x) {
     typedef std::uint16_t Indices __attribute__((vector_size(64)));
-    constexpr Indices kInterleaved = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    constexpr Indices kOrder = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return reinterpret_cast<Words<VectorF32>>(
-        _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(kInterleaved),
-                                 reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even))));
+        _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(kOrder), x));
   }
 };
 
