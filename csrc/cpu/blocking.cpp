@@ -8,7 +8,7 @@ namespace {
 
 // A block of B, kc x tile_n, is used once for every mr rows of A. The micro-kernel reads it in
 // order and so slowly that L3 will do (Zen 4: 2 MiB cost nothing); what counts is that a large tile
-// packs its operands less often.
+// packs its operands less often. So it is twice as large where no sums wait beside it.
 constexpr std::int64_t kBlockBytes = 1 << 20;
 // Sums that wait for the next block of k: 1024 x 1024 of f32, and some for whole panels. Together
 // with the blocks this bounds a thread's buffer to about 6 MiB.
@@ -26,7 +26,7 @@ constexpr double kWorkPerThread = 1 << 18;
 constexpr std::int64_t kPackCost = 16;
 
 std::int64_t number_of_blocks(const GemmKernel& kernel, std::int64_t k) {
-  return std::max<std::int64_t>(1, divide_up(k, kernel.kc));
+  return k <= kernel.only_kc ? 1 : std::max<std::int64_t>(1, divide_up(k, kernel.kc));
 }
 
 std::int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
@@ -62,8 +62,9 @@ Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc, int max
 
   // The largest tile, in panels.
   const std::int64_t column_size = std::max<std::int64_t>(1, kernel.row_size(blocking.kc));
+  const std::int64_t block_bytes = blocking.has_one_block() ? 2 * kBlockBytes : kBlockBytes;
   const std::int64_t most_n =
-      std::clamp<std::int64_t>(kBlockBytes / (column_size * kernel.nr * size), 1, panels_n);
+      std::clamp<std::int64_t>(block_bytes / (column_size * kernel.nr * size), 1, panels_n);
   // What has to wait for every panel of rows: sums of A, and those of D unless k is one block.
   const std::int64_t waiting = blocking.has_one_block() ? 1 : most_n * kernel.nr;
   const std::int64_t most_m =

@@ -100,6 +100,10 @@ consteval GemmKernel pairs_kernel() {
   GemmKernel kernel = blocked_kernel<VectorBf16, kMr>("gemm_bf16_14x32_avx512_bf16", kIsa);
   kernel.kr = 2;
   kernel.kc = 2 * kLongestBlock;
+  // A's panel still fits the L1 cache, and no sums wait. Measured on Zen 4: products of 768 and
+  // 1024 cubed and of 4096 x 1024 to 1024 1 to 5 % faster. With several blocks of that length,
+  // those of 2048 cubed were between 3 % faster and 3 % slower.
+  kernel.only_kc = 2 * kernel.kc;
   kernel.microkernel = Microkernels<VectorPairs, kMr, kNr>::run;
   kernel.careful_microkernel = Microkernels<VectorPairs::Careful, kMr, kNr>::run;
   kernel.lowest_exponents = VectorPairs::kLowestExponents;

@@ -76,8 +76,9 @@ struct GemmKernel {
   std::int64_t mr = 0, nr = 0;  // the register tile
   std::int64_t kr = 1;          // consecutive k of a row or column that are packed together,
   std::int64_t places = 1;      // into places of this many accumulators
-  std::int64_t known = 0;  // accumulators after a panel with what is known of each row or column
-  std::int64_t kc = 0;     // longest block of k
+  std::int64_t known = 0;    // accumulators after a panel with what is known of each row or column
+  std::int64_t kc = 0;       // longest block of k where there are several,
+  std::int64_t only_kc = 0;  // and where there is one, if it may be longer
   // What a thread does before its first call of the micro-kernel and after its last, if anything.
   void (*prepare)() = nullptr;
   void (*release)() = nullptr;
