@@ -9,6 +9,10 @@ import torch
 
 from neuron_ext import backends
 
+# Work for threads that sleep between calls is cut less finely; tests take the finest cuts. (OpenMP
+# has read this when torch was imported.)
+os.environ.pop("OMP_WAIT_POLICY", None)
+
 
 def pytest_report_header() -> str:
     return backends.show_config()

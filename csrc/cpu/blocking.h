@@ -27,10 +27,12 @@ struct Blocking {
 /// The length of the blocks into which k is cut, a multiple of kr.
 std::int64_t block_of_k(const GemmKernel& kernel, std::int64_t k);
 
-Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc, int max_threads);
+Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc,
+                         const ParallelFor& parallel_for);
 
 /// How many threads a product is worth.
-std::int64_t threads_for(std::int64_t m, std::int64_t n, std::int64_t k, int max_threads);
+std::int64_t threads_for(std::int64_t m, std::int64_t n, std::int64_t k,
+                         const ParallelFor& parallel_for);
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }

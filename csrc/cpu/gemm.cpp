@@ -339,7 +339,7 @@ class BlockedProduct {
 
 void run_blocked(const GemmKernel& kernel, const GemmDesc& desc, const GemmPointers& at,
                  const ParallelFor& parallel_for) {
-  const Blocking cut = choose_blocking(kernel, desc, parallel_for.max_threads());
+  const Blocking cut = choose_blocking(kernel, desc, parallel_for);
   log_choice(kernel, desc, &cut);
   visit_accumulator(
       desc.dtype, [&]<class S>(S) { BlockedProduct<S>(kernel, desc, at, cut).run(parallel_for); });
@@ -372,7 +372,7 @@ void pack_b(const Packing& packing, const GemmDesc& desc, const void* b, void* p
 void pack_b(const Packing& packing, const GemmDesc& desc, const void* b, void* packed,
             const ParallelFor& parallel_for) {
   const std::int64_t steps = packing_steps(packing, desc);
-  const std::int64_t threads = threads_for(1, desc.n, desc.k, parallel_for.max_threads());
+  const std::int64_t threads = threads_for(1, desc.n, desc.k, parallel_for);
   parallel_for(steps, divide_up(steps, threads), [&](std::int64_t begin, std::int64_t end) {
     pack_b(packing, desc, b, packed, begin, end);
   });

@@ -29,7 +29,7 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
   // An odd number of vectors, so that rows don't compete for the same places in the L1 cache.
   const std::int64_t vectors = divide_up(divide_up(desc.k, kernel.kr), kernel.lanes);
   const std::int64_t row_stride = (vectors | 1) * kernel.lanes;
-  const std::int64_t threads = threads_for(desc.m, desc.n, desc.k, parallel_for.max_threads());
+  const std::int64_t threads = threads_for(desc.m, desc.n, desc.k, parallel_for);
   const std::int64_t widest = many.stride_k == 1 ? kernel.nr : kLongRow;
   // Narrower strips where there would be fewer than threads.
   const std::int64_t width =

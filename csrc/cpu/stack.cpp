@@ -19,8 +19,8 @@ constexpr std::int64_t kFewestRows = 64, kUsualRows = 256, kMostRows = 4096;
 
 // Packed weights that every block reads: they have to stay in L3 meanwhile.
 constexpr std::int64_t kPackedBytes = 8 << 20;
-// Packing this much takes some 10 µs, about what it takes to wake another thread.
-constexpr std::int64_t kBytesPerThread = 128 << 10;
+// Nanoseconds that packing a byte takes.
+constexpr double kPackTime = 0.08;
 
 // What a thread keeps for hidden outputs, from call to call.
 constexpr std::int64_t kKeptBytes = 4 << 20;
@@ -105,7 +105,8 @@ class PackedStack {
   /// By layer; null where the weight isn't packed. Valid until this thread's next call.
   std::vector<const void*> pack(std::int64_t threads, const ParallelFor& parallel_for) const {
     std::byte* const memory = packed_buffer.reserve(static_cast<std::size_t>(bytes_));
-    const std::int64_t sharing = std::clamp<std::int64_t>(bytes_ / kBytesPerThread, 1, threads);
+    const std::int64_t sharing =
+        std::min(threads, parallel_for.threads_for(static_cast<double>(bytes_) * kPackTime));
     parallel_for(steps_, divide_up(steps_, sharing), [&](std::int64_t begin, std::int64_t end) {
       for (std::size_t i = 0; i < parts_.size(); ++i) {
         const Part& part = parts_[i];
@@ -139,11 +140,11 @@ class PackedStack {
 /// What its largest layer is worth: a stack whose layers are each too small for a second thread
 /// takes less than waking one. Measured on Zen 4: 1000 rows through 4-5-7-3, 12 µs, on four threads
 /// 34 to 60.
-std::int64_t threads_for_stack(const Mlp& mlp, int max_threads) {
+std::int64_t threads_for_stack(const Mlp& mlp, const ParallelFor& parallel_for) {
   std::int64_t threads = 1;
   for (const MlpLayer& layer : mlp.layers) {
     threads = std::max(threads,
-                       threads_for(mlp.rows, layer.out_features, layer.in_features, max_threads));
+                       threads_for(mlp.rows, layer.out_features, layer.in_features, parallel_for));
   }
   return threads;
 }
@@ -151,7 +152,7 @@ std::int64_t threads_for_stack(const Mlp& mlp, int max_threads) {
 }  // namespace
 
 void mlp_forward(const Mlp& mlp, const ParallelFor& parallel_for) {
-  const std::int64_t threads = threads_for_stack(mlp, parallel_for.max_threads());
+  const std::int64_t threads = threads_for_stack(mlp, parallel_for);
   const std::int64_t rows = rows_of_block(mlp, threads);
   if (rows == 0) return run_by_layers(mlp, parallel_for);
   const PackedStack weights(mlp);

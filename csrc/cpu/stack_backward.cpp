@@ -64,8 +64,8 @@ class BackwardInBlocks {
     with_buffer<S>(sums_buffer, chunks_ * sums_size_, [&](S* all_sums) {
       std::int64_t threads = 1;
       for (const MlpLayerBackward& layer : mlp_.layers) {
-        threads = std::max(threads, threads_for(mlp_.rows, layer.out_features, layer.in_features,
-                                                parallel_for.max_threads()));
+        threads = std::max(
+            threads, threads_for(mlp_.rows, layer.out_features, layer.in_features, parallel_for));
       }
       parallel_for(chunks_, divide_up(chunks_, threads), [&](std::int64_t begin, std::int64_t end) {
         with_buffer<std::byte>(dz_buffer, 2 * dz_bytes(), [&](std::byte* dz) {

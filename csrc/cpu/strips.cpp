@@ -41,8 +41,7 @@ class StripProduct {
 
       const std::int64_t rows = strip_rows(depth + desc_.n, 256);
       const std::int64_t strips = divide_up(desc_.m, rows);
-      const std::int64_t threads =
-          threads_for(desc_.m, desc_.n, desc_.k, parallel_for.max_threads());
+      const std::int64_t threads = threads_for(desc_.m, desc_.n, desc_.k, parallel_for);
       parallel_for(strips, divide_up(strips, threads), [&](std::int64_t begin, std::int64_t end) {
         const std::int64_t a_size = padded(rows * depth), tile_size = padded(rows * desc_.n);
         with_buffer<S>(task_buffer, a_size + tile_size + padded(rows), [&](S* strip) {
@@ -88,8 +87,7 @@ class StripProduct {
       if (desc_.has_bias) functions_.widen_bias(at_.bias, 0, kRows, bias);
 
       const std::int64_t strips = divide_up(desc_.m, kRows);
-      const std::int64_t threads =
-          threads_for(desc_.m, desc_.n, desc_.k, parallel_for.max_threads());
+      const std::int64_t threads = threads_for(desc_.m, desc_.n, desc_.k, parallel_for);
       parallel_for(strips, divide_up(strips, threads), [&](std::int64_t begin, std::int64_t end) {
         const std::int64_t a_size = padded(depth * kRows);
         with_buffer<S>(task_buffer, a_size + kRows, [&](S* strip) {
@@ -115,8 +113,7 @@ class StripProduct {
     const std::int64_t tile_size = desc_.m * n_vectors_ + kernel_.lanes;
     const std::int64_t sums_size = tile_size + round_up(desc_.m, kernel_.lanes);
     with_buffer<S>(shared_buffer, chunks * sums_size, [&](S* all_sums) {
-      const std::int64_t threads =
-          threads_for(desc_.m, desc_.n, desc_.k, parallel_for.max_threads());
+      const std::int64_t threads = threads_for(desc_.m, desc_.n, desc_.k, parallel_for);
       parallel_for(chunks, divide_up(chunks, threads), [&](std::int64_t begin, std::int64_t end) {
         const std::int64_t a_size = padded(places(rows) * desc_.m);
         with_buffer<S>(task_buffer, a_size + padded(places(rows) * desc_.n), [&](S* a_strip) {

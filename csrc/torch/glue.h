@@ -9,6 +9,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <cstdlib>
 #include <string>
 #include <typeinfo>
 
@@ -26,14 +27,28 @@ void register_mlp(torch::Library& library);
 /// library has registered them, raises RuntimeError.
 void register_library();
 
+/// Whether OMP_WAIT_POLICY asks threads to sleep whenever they have nothing to do.
+inline bool threads_sleep() {
+  static const bool sleep = [] {
+    const char* const policy = std::getenv("OMP_WAIT_POLICY");
+    return policy != nullptr && (*policy == 'p' || *policy == 'P');  // passive, not active
+  }();
+  return sleep;
+}
+
 /// torch's own pool, so that torch.set_num_threads and nested parallelism count.
 inline ParallelFor at_parallel_for() {
+  // Two threads that sleep take 50 us to begin, four 70 to 120 (Zen 4, a virtual machine). One
+  // figure for all would lose a factor of three or more somewhere: 128 cubed f32 takes one thread
+  // 55 us, four that spin, as threads do unless they are told otherwise, 25, and four that sleep
+  // 140.
+  constexpr double kAsleep = 100'000;
   return ParallelFor(
       [](std::int64_t n, std::int64_t grain, ParallelFor::Body body, const void* closure) {
         at::parallel_for(0, n, grain,
                          [&](std::int64_t begin, std::int64_t end) { body(closure, begin, end); });
       },
-      at::get_num_threads());
+      at::get_num_threads(), threads_sleep() ? kAsleep : ParallelFor::kAwake);
 }
 
 /// What the dispatcher would come to, where all it would do is to pick a device: the kernels, or a

@@ -122,8 +122,11 @@ at::Tensor form_dz(const RowsView& dy, const RowsView& y, std::int64_t in_featur
   const auto* const dy_data = static_cast<const BFloat16*>(dy.data);
   const auto* const y_data = static_cast<const BFloat16*>(y.data);
   auto* const dz_data = static_cast<BFloat16*>(dz.mutable_data_ptr());
-  constexpr std::int64_t kGrain = 1 << 15;  // elements, of 0.1 ns each
-  at_parallel_for()(dy.rows, kGrain / dy.columns + 1, [&](std::int64_t begin, std::int64_t end) {
+  constexpr double kElementTime = 0.1;  // nanoseconds
+  const ParallelFor parallel_for = at_parallel_for();
+  const std::int64_t grain =
+      parallel_for.grain_for(dy.rows, static_cast<double>(dy.columns) * kElementTime);
+  parallel_for(dy.rows, grain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       cpu::activate_backward(Activation::kSigmoid, dtype, dy.columns, dy_data + i * dy.row_stride,
                              dy.column_stride, y_data + i * y.row_stride, y.column_stride,

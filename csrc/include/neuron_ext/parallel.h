@@ -1,6 +1,7 @@
 // The kernels start no thread: whoever calls them hands in a ParallelFor.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace neuron_ext {
@@ -16,9 +17,13 @@ class ParallelFor {
   using Body = void (*)(const void* closure, std::int64_t begin, std::int64_t end);
   using Run = void (*)(std::int64_t n, std::int64_t grain, Body body, const void* closure);
 
-  /// `max_threads`: how many threads `run` could use; kernels only use it to choose how finely to
-  /// cut.
-  constexpr ParallelFor(Run run, int max_threads) : run_(run), max_threads_(max_threads) {}
+  /// Nanoseconds of work that pay for a thread which spins while it waits: it begins after 3 us.
+  static constexpr double kAwake = 4500;
+
+  /// `max_threads`: how many threads `run` could use; `pays`: how much work, in nanoseconds, pays
+  /// for one of them. Kernels only use them to choose how finely to cut.
+  constexpr ParallelFor(Run run, int max_threads, double pays = kAwake)
+      : run_(run), max_threads_(std::max(1, max_threads)), pays_(pays) {}
 
   /// Calls `f(begin, end)`. Below one grain the call stays on this thread and `run` isn't entered.
   template <class F>
@@ -38,9 +43,21 @@ class ParallelFor {
 
   constexpr int max_threads() const { return max_threads_; }
 
+  /// How many threads so much work is worth.
+  constexpr std::int64_t threads_for(double nanoseconds) const {
+    return static_cast<std::int64_t>(
+        std::clamp(nanoseconds / pays_, 1.0, static_cast<double>(max_threads_)));
+  }
+  /// The grain that gives each of them a piece of n indices, which take `each` nanoseconds.
+  constexpr std::int64_t grain_for(std::int64_t n, double each) const {
+    const std::int64_t threads = threads_for(static_cast<double>(n) * each);
+    return (n + threads - 1) / threads;
+  }
+
  private:
   Run run_;
   int max_threads_;
+  double pays_;
 };
 
 /// Everything on the calling thread.
