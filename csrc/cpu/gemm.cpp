@@ -261,12 +261,13 @@ class BlockedProduct {
   PackedBlock<S> pack_block(PackPanel pack, const Operand& operand, std::int64_t width,
                             std::int64_t mn, std::int64_t count, std::int64_t all,
                             std::int64_t tile, std::int64_t pc, std::int64_t kc, S* room) const {
-    // Where k isn't what's contiguous, a few k of all panels at a time: neighbours share lines and
-    // pages, of which the caches can't keep those of a whole block of k. Not where something is
-    // known of whole rows.
-    constexpr std::int64_t kFewK = 16;
+    // Where k isn't what's contiguous, a few k of all panels at a time: neighbours share pages, and
+    // lines where they aren't whole ones, of which the caches can't keep those of a whole block of
+    // k. Not where something is known of whole rows.
+    constexpr std::int64_t kFewK = 16, kFewKOfLines = 64;
     const bool in_steps = operand.stride_mn == 1 && kernel_.known == 0;
-    const std::int64_t step = in_steps ? kFewK : std::max(kc, kFewK);
+    const bool of_lines = width * size_of(desc_.dtype) % std::int64_t{kCacheLine} == 0;
+    const std::int64_t step = !in_steps ? std::max(kc, kFewK) : of_lines ? kFewKOfLines : kFewK;
     const std::int64_t stride = panel_size(width);
     S* const lowest = room + tile / width * stride;
     for (std::int64_t p = 0; p == 0 || p < kc; p += step) {
