@@ -66,6 +66,11 @@ struct StridedInput {
 
   const T* gather(std::int64_t begin, std::int64_t count, T* buffer) const {
     if (stride == 1) return base + begin;
+    if (stride == 0) {  // the gradient of a sum
+      const T value = *base;
+      for (std::int64_t i = 0; i < count; ++i) buffer[i] = value;
+      return buffer;
+    }
     for (std::int64_t i = 0; i < count; ++i) buffer[i] = base[(begin + i) * stride];
     return buffer;
   }
