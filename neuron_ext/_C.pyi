@@ -1,13 +1,14 @@
 """The compiled module. Use :mod:`neuron_ext.functional` and :mod:`neuron_ext.backends` instead.
 
-The four operations take exact ``torch.Tensor`` and ``Parameter`` arguments and return
+The operations take exact ``torch.Tensor`` and ``Parameter`` arguments and return
 NotImplemented for anything else, which ``torch.ops.neuron_ext`` then takes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from torch import Tensor
+from torch.nn import Module
 
 class BuildInfo(TypedDict):
     version: str
@@ -25,6 +26,9 @@ def mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     output_activation: str | None,
+) -> Tensor: ...
+def mlp_of_modules(
+    input: Tensor, modules: Mapping[str, Module | None], linear: type[Module], sigmoid: type[Module]
 ) -> Tensor: ...
 def function_type(call: Callable[..., Any]) -> Callable[..., Any]: ...
 def cpu_isa() -> str: ...

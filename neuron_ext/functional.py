@@ -38,7 +38,7 @@ def _call_in_python(function: Any, /, *args: Any, **kwargs: Any) -> Any:
 _Function = _C.function_type(_call_in_python)
 
 
-def _trying(operation: Callable[..., Any]) -> Callable[[_F], _F]:
+def trying(operation: Callable[..., Any]) -> Callable[[_F], _F]:
     """Lets the interpreter try a compiled operation before it sets up a frame for the function.
 
     To all others it looks like the function, which tries the same: for keywords, and to be read.
@@ -50,7 +50,7 @@ def _trying(operation: Callable[..., Any]) -> Callable[[_F], _F]:
     return decorate
 
 
-@_trying(_C.linear)
+@trying(_C.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``input @ weight.T + bias``, as :func:`torch.nn.functional.linear`.
 
@@ -75,7 +75,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _call(_ops.linear.default, input, weight, bias)
 
 
-@_trying(_C.sigmoid)
+@trying(_C.sigmoid)
 def sigmoid(input: Tensor) -> Tensor:
     """``1 / (1 + exp(-input))`` elementwise, as :func:`torch.sigmoid`.
 
@@ -97,7 +97,7 @@ def sigmoid(input: Tensor) -> Tensor:
     return _call(_ops.sigmoid.default, input)
 
 
-@_trying(_C.linear_sigmoid)
+@trying(_C.linear_sigmoid)
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.sigmoid(F.linear(input, weight, bias))`` as one operation.
 
@@ -113,7 +113,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return _call(_ops.linear_sigmoid.default, input, weight, bias)
 
 
-@_trying(_C.mlp)
+@trying(_C.mlp)
 def mlp(
     input: Tensor,
     weights: Sequence[Tensor],

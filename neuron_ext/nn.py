@@ -8,14 +8,14 @@ random stream, so that checkpoints, hooks, parametrizations and wrappers see not
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from neuron_ext import functional
+from neuron_ext import _C, functional
 
 __all__ = ["MLP", "Linear", "LinearSigmoid", "Sigmoid"]
 
@@ -97,14 +97,12 @@ class MLP(torch.nn.Sequential):
         super().__init__(*children)
 
     def forward(self, input: Tensor) -> Tensor:
-        layers = _plain_layers(self._modules.values())
-        if layers is None:
-            output: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
-            return output
-        weights, biases = layers
-        return functional.mlp(
-            input, weights, biases, "sigmoid" if len(self._modules) % 2 == 0 else None
-        )
+        output: Tensor | None = None
+        if not torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            output = _run_as_one(input, self._modules, Linear, Sigmoid)
+        if output is None:
+            output = super().forward(input)  # type: ignore[no-untyped-call]
+        return output
 
     def __getitem__(self, index: slice | int) -> torch.nn.Module:
         """One child, or for a slice an :class:`torch.nn.Sequential` of the children in it."""
@@ -123,17 +121,19 @@ def _parameters(layer: torch.nn.Module) -> tuple[Any, Any]:
         return layer.weight, layer.bias
 
 
-def _plain_layers(
-    children: Collection[torch.nn.Module | None],
-) -> tuple[list[Any], list[Any]] | None:
-    """Weights and biases, if running the stack as one operation does what calling its children
-    would do; else None.
-    """
-    if not children or torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+@functional.trying(_C.mlp_of_modules)
+def _run_as_one(
+    input: Tensor,
+    children: Mapping[str, torch.nn.Module | None],
+    linear: type[torch.nn.Module],
+    sigmoid: type[torch.nn.Module],
+) -> Tensor | None:
+    """The stack as one operation, if that does what calling its children would do; else None."""
+    if not children:
         return None
     weights, biases = [], []
-    expected: type[torch.nn.Module] = Linear
-    for child in children:
+    expected = linear
+    for child in children.values():
         if type(child) is not expected:
             return None
         state = child.__dict__  # not attributes, for the same reason
@@ -145,14 +145,14 @@ def _plain_layers(
             or "forward" in state
         ):
             return None
-        if expected is Linear:
+        if expected is linear:
             parameters = state["_parameters"]
             try:
                 weights.append(parameters["weight"])
                 biases.append(parameters["bias"])
             except KeyError:
                 return None
-            expected = Sigmoid
+            expected = sigmoid
         else:
-            expected = Linear
-    return weights, biases
+            expected = linear
+    return functional.mlp(input, weights, biases, "sigmoid" if expected is linear else None)

@@ -22,6 +22,7 @@ constexpr std::int64_t kBlockBytes = 1 << 20;
 constexpr std::int64_t kFewestRows = 1024, kMostRows = 4096;
 // Below so many blocks layers are better run one by one, each on all threads.
 constexpr std::int64_t kFewestBlocks = 8, kMostChunks = 32;
+static_assert(kShortBatch == (kFewestBlocks - 1) * kFewestRows);
 // A chunk's sums stay in L2 beside a block; all of them are kept from call to call.
 constexpr std::int64_t kChunkBytes = 1 << 18, kSumBytes = 4 << 20;
 

@@ -397,6 +397,7 @@ std::vector<Tensor> run_stack_backward(const Backward& call) {
 bool run_blocks_backward(const Backward& call, const Tensor& hidden, TensorList grads) {
   const size_t depth = call.depth();
   const RowsView dy = as_rows(call.grad_output);
+  if (dy.rows <= cpu::kShortBatch) return false;
   const RowsView y = call.output.defined() ? as_rows(call.output) : RowsView{};
   const RowsView x = call.wants_weight(0) ? as_rows(call.input) : RowsView{};
   c10::SmallVector<MlpLayerBackward, 8> layers(depth);

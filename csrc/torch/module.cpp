@@ -40,22 +40,31 @@ const at::Tensor& tensor_of(PyObject* object) {
   return object == Py_None ? undefined : THPVariable_Unpack(object);
 }
 
-/// The tensors of a list, which keeps them.
+/// Tensors of arguments that others may change while the interpreter's lock is released: Python's
+/// objects, which own the tensors, are kept.
 class Borrowed {
  public:
-  explicit Borrowed(Py_ssize_t count) { tensors_.reserve(count); }
+  explicit Borrowed(Py_ssize_t count) {
+    tensors_.reserve(count);
+    objects_.reserve(count);
+  }
   Borrowed(const Borrowed&) = delete;
   Borrowed& operator=(const Borrowed&) = delete;
   ~Borrowed() {
     for (at::Tensor& t : tensors_) Traits::destroyBorrow(t);
+    for (PyObject* object : objects_) Py_DECREF(object);
   }
 
-  void add(PyObject* object) { tensors_.push_back(Traits::createBorrow(tensor_of(object))); }
+  void add(PyObject* object) {
+    objects_.push_back(Py_NewRef(object));
+    tensors_.push_back(Traits::createBorrow(tensor_of(object)));
+  }
   operator at::TensorList() const { return tensors_; }
 
  private:
   using Traits = c10::MaybeOwnedTraits<at::Tensor>;
   std::vector<at::Tensor> tensors_;
+  c10::SmallVector<PyObject*, 8> objects_;
 };
 
 PyObject* not_implemented() {
@@ -107,6 +116,36 @@ PyObject* py_sigmoid(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+/// What a stack is called with, put together layer by layer.
+class Stack {
+ public:
+  explicit Stack(Py_ssize_t depth) : weights_(depth), biases_(depth) {}
+
+  /// Whether it is one that the operation takes.
+  bool add_weight(PyObject* weight) {
+    if (!is_plain(weight)) return false;
+    weights_.add(weight);
+    elements_ += tensor_of(weight).numel();
+    return true;
+  }
+
+  bool add_bias(PyObject* bias) {
+    if (!is_plain_or_none(bias)) return false;
+    biases_.add(bias);
+    return true;
+  }
+
+  PyObject* run_on(const at::Tensor& input,
+                   std::optional<std::string_view> output_activation) const {
+    return run(layer_work(input, elements_),
+               [&] { return neuron_ext::mlp(input, weights_, biases_, output_activation); });
+  }
+
+ private:
+  Borrowed weights_, biases_;
+  std::int64_t elements_ = 0;
+};
+
 /// mlp(input, list of weights, list of biases or None, output_activation), lists in the strict
 /// sense.
 PyObject* py_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -116,20 +155,13 @@ PyObject* py_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
       at::impl::torch_function_mode_enabled()) {
     return not_implemented();
   }
-  const at::Tensor& input = THPVariable_Unpack(args[0]);
-  const Py_ssize_t weight_count = PyList_GET_SIZE(args[1]), bias_count = PyList_GET_SIZE(args[2]);
-  Borrowed weights(weight_count), biases(bias_count);
-  std::int64_t elements = 0;
-  for (Py_ssize_t i = 0; i < weight_count; ++i) {
-    PyObject* weight = PyList_GET_ITEM(args[1], i);
-    if (!is_plain(weight)) return not_implemented();
-    weights.add(weight);
-    elements += tensor_of(weight).numel();
+  const Py_ssize_t weights = PyList_GET_SIZE(args[1]), biases = PyList_GET_SIZE(args[2]);
+  Stack stack(weights);
+  for (Py_ssize_t i = 0; i < weights; ++i) {
+    if (!stack.add_weight(PyList_GET_ITEM(args[1], i))) return not_implemented();
   }
-  for (Py_ssize_t i = 0; i < bias_count; ++i) {
-    PyObject* bias = PyList_GET_ITEM(args[2], i);
-    if (!is_plain_or_none(bias)) return not_implemented();
-    biases.add(bias);
+  for (Py_ssize_t i = 0; i < biases; ++i) {
+    if (!stack.add_bias(PyList_GET_ITEM(args[2], i))) return not_implemented();
   }
   std::optional<std::string_view> output_activation;
   if (args[3] != Py_None) {
@@ -138,8 +170,56 @@ PyObject* py_mlp(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (text == nullptr) return nullptr;
     output_activation = std::string_view(text, size);
   }
-  return run(layer_work(input, elements),
-             [&] { return neuron_ext::mlp(input, weights, biases, output_activation); });
+  return stack.run_on(THPVariable_Unpack(args[0]), output_activation);
+  END_HANDLE_TH_ERRORS
+}
+
+/// mlp_of_modules(input, modules, Linear, Sigmoid): mlp of the layers of a dictionary of modules,
+/// which are in turn exactly of these types. Declines what nn.py's _run_as_one would.
+PyObject* py_mlp_of_modules(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  static PyObject* const hooks[] = {PyUnicode_InternFromString("_forward_hooks"),
+                                    PyUnicode_InternFromString("_forward_pre_hooks"),
+                                    PyUnicode_InternFromString("_backward_hooks"),
+                                    PyUnicode_InternFromString("_backward_pre_hooks")};
+  static PyObject* const forward = PyUnicode_InternFromString("forward");
+  static PyObject* const parameters_name = PyUnicode_InternFromString("_parameters");
+  static PyObject* const weight_name = PyUnicode_InternFromString("weight");
+  static PyObject* const bias_name = PyUnicode_InternFromString("bias");
+  if (count != 4 || !is_plain(args[0]) || !PyDict_CheckExact(args[1]) ||
+      at::impl::torch_function_mode_enabled()) {
+    return not_implemented();
+  }
+  Stack stack(PyDict_GET_SIZE(args[1]));
+  bool expects_linear = true;
+  Py_ssize_t position = 0;
+  for (PyObject* module; PyDict_Next(args[1], &position, nullptr, &module);) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != args[expects_linear ? 2 : 3]) {
+      return not_implemented();
+    }
+    const auto state =
+        pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(module, nullptr));
+    for (PyObject* const hook : hooks) {
+      PyObject* const hooked = PyDict_GetItemWithError(state.ptr(), hook);
+      if (hooked == nullptr || !PyDict_Check(hooked) || PyDict_GET_SIZE(hooked) != 0)
+        return not_implemented();
+    }
+    if (PyDict_GetItemWithError(state.ptr(), forward) != nullptr) return not_implemented();
+    if (expects_linear) {
+      PyObject* const parameters = PyDict_GetItemWithError(state.ptr(), parameters_name);
+      if (parameters == nullptr || !PyDict_Check(parameters)) return not_implemented();
+      PyObject* const weight = PyDict_GetItemWithError(parameters, weight_name);
+      PyObject* const bias = PyDict_GetItemWithError(parameters, bias_name);
+      if (weight == nullptr || bias == nullptr || !stack.add_weight(weight) ||
+          !stack.add_bias(bias)) {
+        return not_implemented();
+      }
+    }
+    expects_linear = !expects_linear;
+  }
+  if (PyDict_GET_SIZE(args[1]) == 0) return not_implemented();
+  return stack.run_on(THPVariable_Unpack(args[0]),
+                      expects_linear ? std::optional<std::string_view>("sigmoid") : std::nullopt);
   END_HANDLE_TH_ERRORS
 }
 
@@ -239,6 +319,8 @@ PyMethodDef functions[] = {
      "linear_sigmoid(input, weight, bias=None)"},
     {"sigmoid", as_method(py_sigmoid), METH_FASTCALL, "sigmoid(input)"},
     {"mlp", as_method(py_mlp), METH_FASTCALL, "mlp(input, weights, biases, output_activation)"},
+    {"mlp_of_modules", as_method(py_mlp_of_modules), METH_FASTCALL,
+     "mlp_of_modules(input, modules, Linear, Sigmoid)"},
     {"function_type", function_type, METH_O, "function_type(call)"},
     {nullptr, nullptr, 0, nullptr},
 };

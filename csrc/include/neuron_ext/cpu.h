@@ -77,6 +77,9 @@ void mlp_forward(const Mlp& mlp, const ParallelFor& parallel_for);
 /// those that they give if the last layer's dz is formed, and so rounded, before them.
 bool mlp_backward(const MlpBackward& mlp, const ParallelFor& parallel_for);
 
+/// Of a batch of so many rows or fewer it does nothing; its description needn't be made.
+constexpr std::int64_t kShortBatch = 7 * 1024;
+
 /// y[i] = f(x[i]) for i < n on the calling thread; strides in elements. An element's result depends
 /// on its value alone, not on its place or on n. x and y may be the same memory with the same
 /// stride.
