@@ -89,8 +89,8 @@ consteval GemmKernel narrow_kernel(const char* name, Isa isa) {
           .accepts = is_narrow,
           .run = run_narrow,
           .lanes = V::kLanes,
-          .mr = 1,
-          .nr = 4 * V::kLanes,
+          .mr = kRowGroup<V>,
+          .nr = kDotColumns<V, kRowGroup<V>> * V::kLanes,
           .sum_row = sum_row<V>,
           .functions = by_dtype<V>([]<class T> { return narrow_functions<V, T>(); })};
 }

@@ -11,11 +11,6 @@ namespace {
 // others.
 constexpr std::int64_t kNarrowBlock = 256;
 
-// Vectors of k that a dot product takes before it turns to other rows: those of four columns then
-// stay in the L1 cache until all rows have met them. Measured on Zen 4, 16 x 4096 to 4096 from
-// memory, f32: 7.1 ms without, 6.4 with 128, 6.5 with 64, 7.6 with 32.
-constexpr std::int64_t kDotVectors = 128;
-
 /// What a V that isn't exact for all values (pairs-inl.h) needs to know of those it met.
 template <class V>
 struct Met {
@@ -45,53 +40,48 @@ struct MetBefore {
   void note(Reg<V>) {}
 };
 
-/// Columns of b that a block fetches while it computes others.
-struct Ahead {
-  std::int64_t first, last;
-};
-
-/// tile[i][j] (+)= sum over p < k of rows[i][p] b[p, j]; b's columns are contiguous, rows end in
-/// whole vectors.
-template <class V, class T, int kRows, int kColumns, class M>
-void dot_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, const T* b,
-               std::int64_t b_stride, Scalar<V>* tile, std::int64_t tile_stride, bool add,
-               Ahead ahead, M& met) {
+/// tile[i][j] (+)= sum over p < k of rows[i][p] b[p, j]; b's columns are contiguous, rows a group
+/// of FewRows. On the way kAhead columns from `ahead` on are fetched.
+template <class V, class T, int kRows, int kColumns, int kAhead, class M>
+void dot_block(std::int64_t k, const Scalar<V>* rows, const T* b, std::int64_t b_stride,
+               const T* ahead, Scalar<V>* tile, std::int64_t tile_stride, bool add, M& met) {
   constexpr int kAll = kTerms<V> * V::kLanes;
   Reg<V> sum[kRows][kColumns] = {};
+  // Here and below, unrolled before the compiler decides that an array indexed by variables can't
+  // live in registers.
   const auto step = [&](std::int64_t p, std::int64_t left) {
     Reg<V> b_p[kColumns];
+#pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) {
       b_p[j] = terms_along_k<V>(b + j * b_stride + p, left);
       met.note(b_p[j]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
-      const Reg<V> a = load<V>(rows + i * row_stride + p / kTerms<V>);
+      const Reg<V> a = load<V>(rows + p / kTerms<V> * kRows + i * V::kLanes);
+#pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j) sum[i][j] = V::multiply_add(a, b_p[j], sum[i][j]);
     }
   };
   std::int64_t p = 0;
   for (; p + kAll <= k; p += kAll) {
-    for (std::int64_t j = ahead.first; j < ahead.last; ++j) {
-      __builtin_prefetch(b + j * b_stride + p, 0, 2);
-    }
+    for (int j = 0; j < kAhead; ++j) __builtin_prefetch(ahead + j * b_stride + p, 0, 2);
     step(p, kAll);
   }
   if (p < k) step(p, k - p);
-  // Unrolled before the compiler decides that an array indexed by variables can't live in
-  // registers.
-  constexpr int kTogether = kColumns < kQuadLanes<V> ? kColumns : kQuadLanes<V>;
+  constexpr int kSums = kRows * kColumns, kTogether = kQuadLanes<V>;
+#pragma GCC unroll 12
+  for (int first = 0; first < kSums; first += kTogether) {
+    Reg<V> sums[kTogether];
 #pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kColumns; j += kTogether) {
-      Reg<V> sums[kQuadLanes<V>];
-#pragma GCC unroll 4
-      for (int lane = 0; lane < kQuadLanes<V>; ++lane) sums[lane] = sum[i][j + lane % kTogether];
-      const Reg<V> blocks = sum_lanes<V>(sums);
-      for (int lane = 0; lane < kTogether; ++lane) {
-        Scalar<V>& place = tile[i * tile_stride + j + lane];
-        place = add ? place + blocks[lane] : blocks[lane];
-      }
+    for (int lane = 0; lane < kTogether; ++lane) {
+      const int s = first + lane < kSums ? first + lane : first;
+      sums[lane] = sum[s / kColumns][s % kColumns];
+    }
+    const Reg<V> blocks = sum_lanes<V>(sums);
+    for (int s = first; s < kSums && s < first + kTogether; ++s) {
+      Scalar<V>& place = tile[s / kColumns * tile_stride + s % kColumns];
+      place = add ? place + blocks[s - first] : blocks[s - first];
     }
   }
 }
@@ -100,15 +90,15 @@ void dot_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride, c
 /// loops take longer than such dot products. Returns how many columns it did. Measured on Zen 4,
 /// 10^5 x 13 → 1 with the sigmoid, f32: 335 → 185 µs.
 template <class V, int kVectors, class T>
-std::int64_t short_dots(std::int64_t m, std::int64_t k, const Scalar<V>* rows,
-                        std::int64_t row_stride, const T* b, std::int64_t b_stride,
+std::int64_t short_dots(std::int64_t k, const FewRows& rows, const T* b, std::int64_t b_stride,
                         std::int64_t columns, Scalar<V>* tile, std::int64_t tile_stride,
                         Met<V>& met) {
   constexpr int kTogether = kQuadLanes<V>, kAll = kTerms<V> * V::kLanes;
   const std::int64_t whole = columns / kTogether * kTogether;
-  for (std::int64_t i = 0; i < m; ++i) {
+  for (std::int64_t i = 0; i < rows.count; ++i) {
+    const auto* const row = static_cast<const Scalar<V>*>(rows.data) + rows.place(i);
     Reg<V> a[kVectors];
-    for (int v = 0; v < kVectors; ++v) a[v] = load<V>(rows + i * row_stride + v * V::kLanes);
+    for (int v = 0; v < kVectors; ++v) a[v] = load<V>(row + v * rows.step(i));
     for (std::int64_t j = 0; j < whole; j += kTogether) {
       Reg<V> sums[kTogether] = {};
       for (int lane = 0; lane < kTogether; ++lane) {
@@ -178,34 +168,60 @@ void outer_block(std::int64_t k, const Scalar<V>* rows, std::int64_t row_stride,
   }
 }
 
-/// sum = the sum of a row that ends in whole vectors.
+/// sum = the sum of a row as widen_row leaves it, of k places.
 template <class V>
-void sum_row(std::int64_t k, const void* row, void* sum) {
-  constexpr std::int64_t kBlock = kNarrowBlock * V::kLanes;
+void sum_row(std::int64_t k, const void* row, std::int64_t step, void* sum) {
   const auto* p = static_cast<const Scalar<V>*>(row);
+  const std::int64_t vectors = (k + V::kLanes - 1) / V::kLanes;
   Scalar<V> total = 0;
-  for (std::int64_t begin = 0; begin < k; begin += kBlock) {
+  for (std::int64_t begin = 0; begin < vectors; begin += kNarrowBlock) {
     Reg<V> block = {};
-    for (std::int64_t i = begin; i < k && i < begin + kBlock; i += V::kLanes) {
-      block = block + sum_of_places<V>(load<V>(p + i));
+    for (std::int64_t v = begin; v < vectors && v < begin + kNarrowBlock; ++v) {
+      block = block + sum_of_places<V>(load<V>(p + v * step));
     }
     total += sum_lanes<V>(block);
   }
   *static_cast<Scalar<V>*>(sum) = total;
 }
 
-/// Calls f(i, std::integral_constant of how many) for i from `begin` on in groups of kGroup, then
-/// of half as many.
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+/// Calls f(i, Constant of how many) for i from `begin` on in groups of kGroup, then of half as
+/// many.
 template <int kGroup, class F>
 void in_groups(std::int64_t begin, std::int64_t end, const F& f) {
-  for (; begin + kGroup <= end; begin += kGroup) f(begin, std::integral_constant<int, kGroup>{});
+  for (; begin + kGroup <= end; begin += kGroup) f(begin, Constant<kGroup>{});
   if constexpr (kGroup > 1) in_groups<kGroup / 2>(begin, end, f);
 }
 
-// How many rows of `rows`, and vectors or columns of b, meet in registers.
+// How many rows of `rows`, and vectors of b along its columns, meet in registers.
 template <class V>
 constexpr int kRowGroup = V::kRegisters >= 32 ? 4 : 2;
 constexpr int kColumnGroup = 4;
+
+// The same of b's columns, for dot products with groups of up to kRows: the more, the more often a
+// vector of rows serves, and the more places memory is read at. Measured on Zen 4, 1, 8 and 16 x
+// 4096 to 4096 from memory, f32: 2.4, 3.6 and 6.1 ms; always four 3.0, 4.0 and 7.4.
+template <class V, int kRows>
+constexpr int kDotColumns = V::kRegisters < 32 ? 4
+                            : kRows <= 2       ? 8
+                                               : 6;
+// For up to two rows, places in one page gain nothing, nor do vectors of half a line: 1 x 64 to
+// 10^5 f32 takes 0.7 ms with four columns, 0.8 to 1.2 with eight, 1 x 4096 to 4096 f16 1.23, 1.45.
+constexpr std::int64_t kPage = 4096;
+
+/// Calls f(a constant how many, the first) for the columns of kColumns that a pass of `passes` has
+/// to fetch: all, or its share, which is compiled in, for a loop over them would take longer than
+/// one row's products.
+template <int kColumns, class F>
+void share_columns(std::int64_t passes, std::int64_t pass, const F& f) {
+  constexpr int kHalf = (kColumns + 1) / 2, kThird = (kColumns + 2) / 3;
+  if (passes == 1) return f(Constant<kColumns>{}, 0);
+  if (passes == 2) return f(Constant<kHalf>{}, pass * kHalf);
+  if (pass < 3) return f(Constant<kThird>{}, pass * kThird);
+  return f(Constant<0>{}, 0);
+}
 
 /// multiply_narrow where b's columns aren't contiguous, or too short for dot products.
 template <class V, class T>
@@ -231,7 +247,7 @@ void multiply_outer(std::int64_t m, std::int64_t k, const Scalar<V>* rows, std::
         in_groups<kColumnGroup>(0, whole, [&](std::int64_t v, auto vectors) {
           block(v * V::kLanes, V::kLanes, vectors);
         });
-        if (rest > 0) block(whole * V::kLanes, rest, std::integral_constant<int, 1>{});
+        if (rest > 0) block(whole * V::kLanes, rest, Constant<1>{});
       });
     }
     if (begin == 0) continue;
@@ -244,60 +260,74 @@ void multiply_outer(std::int64_t m, std::int64_t k, const Scalar<V>* rows, std::
   }
 }
 
-/// tile[i][j] = sum over p < k of rows[i][p] B[p, column + j], for i < m and j < columns. A tile's
-/// row holds whole vectors, and m rows after the tile are room for sums.
+/// tile[i][j] = sum over p < k of rows[i][p] B[p, column + j], for all rows and j < columns. A
+/// tile's row holds whole vectors, and as many rows after the tile are room for sums.
 template <class V, class T>
-void multiply_narrow(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
-                     int lowest_in_rows, const Operand& b, std::int64_t column,
-                     std::int64_t columns, void* tile, std::int64_t tile_stride) {
-  const auto* a = static_cast<const Scalar<V>*>(rows);
+void multiply_narrow(std::int64_t k, const FewRows& rows, int lowest_in_rows, const Operand& b,
+                     std::int64_t column, std::int64_t columns, void* tile,
+                     std::int64_t tile_stride) {
+  const auto* a = static_cast<const Scalar<V>*>(rows.data);
   const auto* b_base = static_cast<const T*>(b.base) + column * b.stride_mn;
   auto* sums = static_cast<Scalar<V>*>(tile);
   Met<V> met;
   [[maybe_unused]] MetBefore<V> met_before;
-  // Adding up lanes takes as long as collecting the columns of a few k.
-  constexpr std::int64_t kFewTerms = 4;
-  if (b.stride_k == 1 && k > kFewTerms) {
-    constexpr std::int64_t kBlock = kDotVectors * kTerms<V> * V::kLanes;
-    const std::int64_t passes = (m + kRowGroup<V> - 1) / kRowGroup<V>;
-    constexpr int kAll = kTerms<V> * V::kLanes;
+  if (FewRows::are_dotted(b, k)) {
+    constexpr std::int64_t kAll = kTerms<V> * V::kLanes, kBlock = kNarrowBlock * kAll;
     std::int64_t done = 0;
     if (k <= kAll) {
-      done = short_dots<V, 1>(m, k, a, row_stride, b_base, b.stride_mn, columns, sums, tile_stride,
-                              met);
+      done = short_dots<V, 1>(k, rows, b_base, b.stride_mn, columns, sums, tile_stride, met);
     } else if (k <= 2 * kAll) {
-      done = short_dots<V, 2>(m, k, a, row_stride, b_base, b.stride_mn, columns, sums, tile_stride,
-                              met);
+      done = short_dots<V, 2>(k, rows, b_base, b.stride_mn, columns, sums, tile_stride, met);
     }
-    in_groups<kColumnGroup>(done, columns, [&](std::int64_t j, auto group_columns) {
-      for (std::int64_t p = 0; p == 0 || p < k; p += kBlock) {
-        in_groups<kRowGroup<V>>(0, m, [&](std::int64_t i, auto group_rows) {
-          // Each pass over these columns fetches its share of the next ones from memory.
-          const std::int64_t pass = i / kRowGroup<V>;
-          const Ahead ahead{kColumnGroup + (pass * kColumnGroup + passes - 1) / passes,
-                            kColumnGroup + ((pass + 1) * kColumnGroup + passes - 1) / passes};
-          const auto block = [&](auto& notes) {
-            dot_block<V, T, group_rows.value, group_columns.value>(
-                k - p < kBlock ? k - p : kBlock, a + i * row_stride + p / kTerms<V>, row_stride,
-                b_base + j * b.stride_mn + p, b.stride_mn, sums + i * tile_stride + j, tile_stride,
-                p != 0, ahead, notes);
-          };
-          if (kTerms<V> == 1 || pass == 0) {
-            block(met);
-          } else {
-            block(met_before);
-          }
-        });
-      }
-    });
+    const auto dots = [&](auto most_rows, auto most_columns) {
+      std::int64_t passes = 0;
+      in_groups<most_rows.value>(0, rows.count, [&](std::int64_t, auto) { ++passes; });
+      in_groups<most_columns.value>(done, columns, [&](std::int64_t j, auto group_columns) {
+        for (std::int64_t p = 0; p == 0 || p < k; p += kBlock) {
+          const T* const b_p = b_base + j * b.stride_mn + p;
+          std::int64_t pass = 0;
+          in_groups<most_rows.value>(0, rows.count, [&](std::int64_t i, auto group_rows) {
+            // Each pass over these columns fetches its share of the next ones from memory.
+            const auto fetching = [&](auto share, std::int64_t first) {
+              const auto block = [&](auto& notes) {
+                dot_block<V, T, group_rows.value, group_columns.value, share.value>(
+                    k - p < kBlock ? k - p : kBlock,
+                    a + i * rows.stride + p / kTerms<V> * group_rows.value, b_p, b.stride_mn,
+                    b_p + (group_columns.value + first) * b.stride_mn, sums + i * tile_stride + j,
+                    tile_stride, p != 0, notes);
+              };
+              if (kTerms<V> == 1 || pass == 0) {
+                block(met);
+              } else {
+                block(met_before);
+              }
+            };
+            if constexpr (group_columns.value == most_columns.value) {
+              share_columns<most_columns.value>(passes, pass, fetching);
+            } else {
+              fetching(Constant<0>{}, 0);
+            }
+            ++pass;
+          });
+        }
+      });
+    };
+    if (rows.count > 2) {
+      dots(Constant<kRowGroup<V>>{}, Constant<kDotColumns<V, kRowGroup<V>>>{});
+    } else if (sizeof(T) * kTerms<V> < sizeof(Scalar<V>) ||
+               k * static_cast<std::int64_t>(sizeof(T)) < kPage) {
+      dots(Constant<2>{}, Constant<4>{});
+    } else {
+      dots(Constant<2>{}, Constant<kDotColumns<V, 2>>{});
+    }
   } else {
-    multiply_outer<V, T>(m, k, a, row_stride, b_base, b.stride_k, b.stride_mn, columns, sums,
-                         tile_stride, met);
+    multiply_outer<V, T>(rows.count, k, a, rows.stride, b_base, b.stride_k, b.stride_mn, columns,
+                         sums, tile_stride, met);
   }
   if constexpr (kTerms<V> == 2) {
     if (lowest_in_rows + V::lowest_exponent(met.lowest) < V::kLowestExponents) {
-      multiply_narrow<typename V::Careful, T>(m, k, rows, row_stride, lowest_in_rows, b, column,
-                                              columns, tile, tile_stride);
+      multiply_narrow<typename V::Careful, T>(k, rows, lowest_in_rows, b, column, columns, tile,
+                                              tile_stride);
     }
   }
 }

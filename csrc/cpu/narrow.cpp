@@ -29,6 +29,7 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
   // An odd number of vectors, so that rows don't compete for the same places in the L1 cache.
   const std::int64_t vectors = divide_up(divide_up(desc.k, kernel.kr), kernel.lanes);
   const std::int64_t row_stride = (vectors | 1) * kernel.lanes;
+  const std::int64_t together = FewRows::are_dotted(many, desc.k) ? kernel.mr : 1;
   const std::int64_t threads = threads_for(desc.m, desc.n, desc.k, parallel_for);
   const std::int64_t widest = many.stride_k == 1 ? kernel.nr : kLongRow;
   // Narrower strips where there would be fewer than threads.
@@ -36,14 +37,16 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
       std::clamp(round_up(divide_up(many_count, threads), kernel.lanes), kernel.lanes, widest);
   const std::int64_t strips = divide_up(many_count, width);
 
-  with_buffer<S>(shared_buffer, few_count * row_stride, [&](S* rows) {
+  with_buffer<S>(shared_buffer, few_count * row_stride, [&](S* data) {
+    const FewRows rows{data, few_count, row_stride, kernel.lanes, together};
     int lowest_in_rows = std::numeric_limits<int>::max() / 2;
     for (std::int64_t i = 0; i < few_count; ++i) {
-      const int lowest_in_row = functions.widen_row(few, i, desc.k, rows + i * row_stride);
+      S* const row = data + rows.place(i);
+      const int lowest_in_row = functions.widen_row(few, i, desc.k, row, rows.step(i));
       lowest_in_rows = std::min(lowest_in_rows, lowest_in_row);
       if (!desc.has_a_sum) continue;
       S sum;
-      kernel.sum_row(divide_up(desc.k, kernel.kr), rows + i * row_stride, &sum);
+      kernel.sum_row(divide_up(desc.k, kernel.kr), row, rows.step(i), &sum);
       store_a_sums(functions, desc, at, i, 1, &sum);
     }
     parallel_for(strips, divide_up(strips, threads), [&](std::int64_t begin, std::int64_t end) {
@@ -60,8 +63,7 @@ void multiply_narrow(const GemmKernel& kernel, const GemmDesc& desc, const GemmP
         for (std::int64_t strip = begin; strip < end; ++strip) {
           const std::int64_t first = strip * width;
           const std::int64_t count = std::min(width, many_count - first);
-          functions.multiply_narrow(few_count, desc.k, rows, row_stride, lowest_in_rows, many,
-                                    first, count, tile, width);
+          functions.multiply_narrow(desc.k, rows, lowest_in_rows, many, first, count, tile, width);
           if (exchanged) {
             for (std::int64_t j = 0; j < few_count; ++j) {
               const S* const column = tile + j * width;

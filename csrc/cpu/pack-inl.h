@@ -148,13 +148,14 @@ int pack_panel(const Operand& operand, std::int64_t mn, std::int64_t count, std:
   return 0;
 }
 
-/// row[p] = operand[mn, p] for p < k, then zeros up to a whole vector.
+/// row = operand[mn, p] for p < k, then zeros up to a whole vector; its vectors are `step` apart.
 template <class V, class T>
-int widen_row(const Operand& operand, std::int64_t mn, std::int64_t k, void* row) {
+int widen_row(const Operand& operand, std::int64_t mn, std::int64_t k, void* row,
+              std::int64_t step) {
   visit_source<V, T>(operand, [&](const auto& source) {
     for (std::int64_t p = 0; p < k; p += V::kLanes) {
       const std::int64_t count = k - p < V::kLanes ? k - p : V::kLanes;
-      store<V>(static_cast<Scalar<V>*>(row) + p, source.along_k(mn, p, count));
+      store<V>(static_cast<Scalar<V>*>(row) + p / V::kLanes * step, source.along_k(mn, p, count));
     }
   });
   return 0;

@@ -131,13 +131,14 @@ int pack_pairs(const Operand& operand, std::int64_t mn, std::int64_t count, std:
 
 /// As widen_row, in pairs. Returns the lowest exponent in the row.
 template <class V>
-int pair_row(const Operand& operand, std::int64_t mn, std::int64_t k, void* row) {
+int pair_row(const Operand& operand, std::int64_t mn, std::int64_t k, void* row,
+             std::int64_t step) {
   int lowest = 0;
   visit_pairs<V>(operand, k, [&](const auto& source) {
     const std::int64_t places = (k + 1) / 2;
     for (std::int64_t p = 0; p < places; p += V::kLanes) {
       const std::int64_t count = places - p < V::kLanes ? places - p : V::kLanes;
-      store<V>(static_cast<Scalar<V>*>(row) + p, source.along_k(mn, p, count));
+      store<V>(static_cast<Scalar<V>*>(row) + p / V::kLanes * step, source.along_k(mn, p, count));
     }
     lowest = source.lowest_exponent();
   });

@@ -21,6 +21,33 @@ struct Operand {
   std::int64_t saved_stride_mn = 0, saved_stride_k = 0;
 };
 
+/// The few rows of a narrow product, as widen_row leaves them. Those that meet in registers (groups
+/// of `together`, a power of two, then of half as many) take turns, vector by vector: one place in
+/// memory is read on and on, where each row by itself would be one more.
+struct FewRows {
+  const void* data;
+  std::int64_t count, stride;    // stride: what a row takes, in elements
+  std::int64_t lanes, together;  // in a vector, in a group
+
+  /// Whether the product with b takes dot products along k. Else rows are used element by element,
+  /// each by itself; adding up lanes takes as long as collecting the columns of a few k.
+  static bool are_dotted(const Operand& b, std::int64_t k) { return b.stride_k == 1 && k > 4; }
+
+  /// How many accumulators row i's vectors are apart, and where the first one is.
+  std::int64_t step(std::int64_t i) const { return group(i) * lanes; }
+  std::int64_t place(std::int64_t i) const {
+    const std::int64_t within = i % group(i);
+    return (i - within) * stride + within * lanes;
+  }
+
+ private:
+  std::int64_t group(std::int64_t i) const {
+    std::int64_t size = together;
+    while (i / size * size + size > count) size /= 2;
+    return size;
+  }
+};
+
 using PackPanel = int (*)(const Operand& operand, std::int64_t mn, std::int64_t count,
                           std::int64_t k, std::int64_t kc, void* panel);
 
@@ -40,11 +67,12 @@ struct StripKernels {
 struct GemmFunctions {
   // pack-inl.h, pairs-inl.h, split-inl.h, tiles-inl.h
   PackPanel pack_a = nullptr, pack_b = nullptr;
-  int (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row) = nullptr;
+  int (*widen_row)(const Operand& a, std::int64_t i, std::int64_t k, void* row,
+                   std::int64_t step) = nullptr;
   // narrow-inl.h
-  void (*multiply_narrow)(std::int64_t m, std::int64_t k, const void* rows, std::int64_t row_stride,
-                          int lowest_in_rows, const Operand& b, std::int64_t column,
-                          std::int64_t columns, void* tile, std::int64_t tile_stride) = nullptr;
+  void (*multiply_narrow)(std::int64_t k, const FewRows& rows, int lowest_in_rows, const Operand& b,
+                          std::int64_t column, std::int64_t columns, void* tile,
+                          std::int64_t tile_stride) = nullptr;
   // strips-inl.h
   int (*stage_rows)(const Operand& operand, std::int64_t mn, std::int64_t rows, std::int64_t k,
                     void* strip) = nullptr;
@@ -93,7 +121,7 @@ struct GemmKernel {
   void (*take_careful)(std::int64_t rows, std::int64_t depth, const void* a, const void* b,
                        const void* careful, void* tile) = nullptr;
   void (*sum_panel)(std::int64_t depth, const void* panel, void* sums) = nullptr;
-  void (*sum_row)(std::int64_t k, const void* row, void* sum) = nullptr;
+  void (*sum_row)(std::int64_t k, const void* row, std::int64_t step, void* sum) = nullptr;
   // strips-inl.h
   StripKernels strips = {};
   void (*sum_strip)(std::int64_t rows, std::int64_t columns, const void* strip,
