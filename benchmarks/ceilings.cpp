@@ -209,6 +209,32 @@ void read_memory(const char* source, std::int64_t bytes, std::int64_t passes) {
   __asm__ volatile("" : : "r"(sums) : "memory");
 }
 
+/// The same with eight places read side by side, 16 KiB apart, and the next eight fetched ahead:
+/// what a large memory gives most at, for no prefetcher follows from one page of 4 KiB to the next.
+/// `bytes` is a multiple of 128 KiB.
+void read_side_by_side(const char* source, std::int64_t bytes, std::int64_t passes) {
+  typedef std::uint64_t Vector __attribute__((vector_size(kVectorBytes), may_alias));
+  constexpr std::int64_t kPlaces = 8, kApart = 16 << 10, kLine = 64;
+  Vector sums[kPlaces] = {};
+  for (std::int64_t pass = 0; pass < passes; ++pass) {
+    for (std::int64_t group = 0; group < bytes; group += kPlaces * kApart) {
+      for (std::int64_t at = group; at < group + kApart; at += kLine) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kPlaces; ++i) {
+          const char* line = source + at + i * kApart;
+          __builtin_prefetch(line + kPlaces * kApart, 0, 2);
+#pragma GCC unroll 4
+          for (int byte = 0; byte < kLine; byte += kVectorBytes) {
+            sums[i] ^= *reinterpret_cast<const Vector*>(line + byte);
+          }
+        }
+      }
+    }
+    __asm__ volatile("" : : "r"(source) : "memory");
+  }
+  __asm__ volatile("" : : "r"(sums) : "memory");
+}
+
 /// The C library's copy.
 void copy_memory(const char* source, char* target, std::int64_t bytes, std::int64_t passes) {
   for (std::int64_t pass = 0; pass < passes; ++pass) {

@@ -23,6 +23,7 @@ _SOURCE = Path(__file__).with_name("ceilings.cpp")
 _SECONDS = 0.06  # of one measurement; the best of _REPEATS counts
 _REPEATS = 5
 _MOST_MEMORY = 1 << 30
+_SIDE_BY_SIDE = 8 * 16 << 10  # bytes that read_side_by_side takes at a time
 
 # glibc's malloc returns results above this to the system, and so does torch.
 _FRESH_ABOVE = 32 << 20
@@ -189,7 +190,8 @@ def _library() -> ctypes.CDLL:
     for function, _ in _PEAKS.values():
         getattr(library, function).argtypes = [size]
         getattr(library, function).restype = ctypes.c_double
-    library.read_memory.argtypes = [pointer, size, size]
+    for read in (library.read_memory, library.read_side_by_side):
+        read.argtypes = [pointer, size, size]
     library.take_fresh_memory.argtypes = [size, size]
     library.take_fresh_memory.restype = ctypes.c_bool
     for copy in (library.copy_memory, library.copy_memory_past_caches):
@@ -255,17 +257,25 @@ def _measure_bandwidth(library: ctypes.CDLL, level: str, size: int, threads: int
     def read(thread: int, passes: int) -> None:
         library.read_memory(starts[thread], size, passes)
 
+    whole = size // _SIDE_BY_SIDE * _SIDE_BY_SIDE
+
+    def read_side_by_side(thread: int, passes: int) -> None:
+        library.read_side_by_side(starts[thread], whole, passes)
+
     def copy(thread: int, passes: int) -> None:
         library.copy_memory(starts[thread], middles[thread], size // 2, passes)
 
     def copy_past_caches(thread: int, passes: int) -> None:
         library.copy_memory_past_caches(starts[thread], middles[thread], size // 2, passes)
 
-    def rate(call: Callable[[int, int], object]) -> float:
+    def rate(call: Callable[[int, int], object], moved: int = size) -> float:
         seconds, passes = _best_seconds(call, threads)
-        return size * threads * passes / seconds
+        return moved * threads * passes / seconds
 
-    return Bandwidth(level, size * threads, rate(read), max(rate(copy), rate(copy_past_caches)))
+    reads = [rate(read)]
+    if whole > 0:
+        reads.append(rate(read_side_by_side, whole))
+    return Bandwidth(level, size * threads, max(reads), max(rate(copy), rate(copy_past_caches)))
 
 
 def _measure_fresh(library: ctypes.CDLL, threads: int) -> float:
