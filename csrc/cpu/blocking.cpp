@@ -30,8 +30,6 @@ std::int64_t number_of_blocks(const GemmKernel& kernel, std::int64_t k) {
   return k <= kernel.only_kc ? 1 : std::max<std::int64_t>(1, divide_up(k, kernel.kc));
 }
 
-std::int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
 }  // namespace
 
 std::int64_t threads_for(std::int64_t m, std::int64_t n, std::int64_t k,

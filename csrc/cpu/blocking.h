@@ -34,6 +34,9 @@ Blocking choose_blocking(const GemmKernel& kernel, const GemmDesc& desc,
 std::int64_t threads_for(std::int64_t m, std::int64_t n, std::int64_t k,
                          const ParallelFor& parallel_for);
 
+/// In bytes.
+constexpr std::int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
 

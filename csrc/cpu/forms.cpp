@@ -12,8 +12,6 @@ namespace {
 // 26 ms, packed 29.
 constexpr std::int64_t kLongestRows = 4 << 20;
 
-std::int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
 /// Whether so few rows are better used with the `many` others where those lie than packed against
 /// them. Dot products of long, contiguous operands pass over the wide one once, at the memory's
 /// speed; those of short ones spend their time adding up lanes.

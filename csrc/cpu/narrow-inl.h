@@ -7,8 +7,7 @@
 namespace neuron_ext::cpu {
 namespace {
 
-// Terms that a lane adds up, or sums of an outer block's terms, before their sum is added to
-// others.
+// Terms of a sum that isn't one of dot products before it is added to others.
 constexpr std::int64_t kNarrowBlock = 256;
 
 /// What a V that isn't exact for all values (pairs-inl.h) needs to know of those it met.
@@ -272,7 +271,9 @@ void multiply_narrow(std::int64_t k, const FewRows& rows, int lowest_in_rows, co
   Met<V> met;
   [[maybe_unused]] MetBefore<V> met_before;
   if (FewRows::are_dotted(b, k)) {
-    constexpr std::int64_t kAll = kTerms<V> * V::kLanes, kBlock = kNarrowBlock * kAll;
+    // A lane's sum is as short as one of a packed product. In f32, 256 terms take up to 10 % less
+    // time, but have a mean error of 0.097 eps (|A||B|) for k = 4096, not 0.069 (MKL: 0.085).
+    constexpr std::int64_t kAll = kTerms<V> * V::kLanes, kBlock = kLongestSum<V> * kAll;
     std::int64_t done = 0;
     if (k <= kAll) {
       done = short_dots<V, 1>(k, rows, b_base, b.stride_mn, columns, sums, tile_stride, met);
