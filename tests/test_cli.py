@@ -1,6 +1,7 @@
 """``python -m neuron_ext``: its commands as a user runs them, and that they notice faults."""
 
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import neuron_ext
-from neuron_ext import backends, functional
+from neuron_ext import backends, functional, nn
 from neuron_ext.cli import main
 
 MISSING = [name for name in ("sklearn", "matplotlib", "tqdm") if not importlib.util.find_spec(name)]
@@ -114,6 +115,8 @@ def wrong_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return output + 0.01 * (output - output.detach())
 
     monkeypatch.setattr(functional, name, compute)
+    # A module then calls it too, in place of the compiled operation.
+    monkeypatch.setattr(nn, "_run_as_one", inspect.unwrap(nn._run_as_one))
 
 
 @pytest.mark.parametrize(
